@@ -1,0 +1,155 @@
+"""Trace of a trained network's Hessian to 2 % standard error, end to end, against every peer.
+
+Claim: in less time than any peer, and the library finds the number of probes by itself, to its own error bar. The peers
+are told how many probes of Hutchinson's estimator they need, from the variance of the reference run; their Hutch++ and
+XTrace the smallest number of products of a ladder whose root-mean-square error over four seeds is below the target. A
+user knows neither. PyHessian is also shown with its own stopping rule. Answers have to lie within four standard errors
+of the reference.
+
+    python benchmarks/bench_trace_peers.py --out results
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import _harness as harness
+import _models as models
+import _peers as peers
+import numpy as np
+import torch
+
+import hessfunc as hf
+
+TRAIN_STEPS = 60
+MAX_PROBES = 5000
+LADDER = (12, 24, 48, 96, 192)
+ONE_SIGMA = math.erf(math.sqrt(0.5))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An estimate; ``stderr`` is None where the method has none."""
+
+    value: float
+    stderr: float | None
+    matvecs: int
+
+
+def of_samples(samples: np.ndarray) -> Answer:
+    """Mean and standard error of independent samples, one product each."""
+    return Answer(float(samples.mean()), float(samples.std(ddof=1) / math.sqrt(len(samples))), len(samples))
+
+
+def ours(problem: models.Problem, seed: int, tolerance: dict[str, float], pairs: int = 0) -> Answer:
+    """The library, from the model to an estimate with the standard error that was asked for."""
+    loss, params = hf.module_loss(problem.model, problem.criterion)
+    generator = torch.Generator().manual_seed(seed)
+    H = hf.hessian(loss, params, problem.batch)
+    known, spent = None, 0
+    if pairs:
+        known = hf.eigsh(H, pairs, tol=0.1, generator=generator)
+        spent = known.num_matvecs
+    trace = hf.hutchinson(
+        H, **tolerance, confidence=ONE_SIGMA, max_probes=4 * MAX_PROBES, deflate=known, generator=generator
+    )
+    return Answer(float(trace.value), float(trace.stderr), spent + trace.num_matvecs)
+
+
+def climb(sketch: Callable[..., float], problem: models.Problem, truth: float, target: float) -> int | None:
+    """The smallest number of products whose root-mean-square error over four seeds is below the target."""
+    for matvecs in LADDER:
+        errors = [sketch(problem, matvecs, seed) / truth - 1 for seed in range(4)]
+        if math.sqrt(np.mean(np.square(errors))) <= target:
+            return matvecs
+    return None
+
+
+def competitors(
+    problem: models.Problem, truth: float, probes: int, target: float, arguments: argparse.Namespace
+) -> dict[str, Callable[[int], Answer]]:
+    """Everyone with the settings that the target needs."""
+    # A barely trained network's trace can be as good as zero: the quick form has an absolute tolerance.
+    tolerance = {"atol": target * abs(truth)} if arguments.quick else {"rtol": target}
+    result: dict[str, Callable[[int], Answer]] = {"hessfunc": lambda seed: ours(problem, seed, tolerance)}
+    for pairs in arguments.deflate:
+        result[f"hessfunc, {pairs} pairs deflated"] = lambda seed, pairs=pairs: ours(problem, seed, tolerance, pairs)
+    for peer in peers.installed():
+        label = f"{peer.name}, {probes} probes"
+        result[label] = lambda seed, trace=peer.trace: of_samples(trace(problem, probes, seed))
+        for way, sketch in {} if arguments.quick else peer.sketch.items():
+            matvecs = climb(sketch, problem, truth, target)
+            if matvecs is None:
+                print(f"  {peer.name}, {way}: not to the target in {LADDER[-1]} products", file=sys.stderr)
+                continue
+            result[f"{peer.name}, {way} of {matvecs}"] = lambda seed, sketch=sketch, m=matvecs: Answer(
+                sketch(problem, m, seed), None, m
+            )
+        if peer.name == "PyHessian":
+            result["PyHessian, own stopping rule"] = lambda seed: of_samples(peers.pyhessian_default(problem, seed))
+    return result
+
+
+def run_model(name: str, options: harness.Settings, arguments: argparse.Namespace) -> harness.Table:
+    """Estimate the truth and the variance, then check and time everyone."""
+    where = {"dtype": options.torch_dtype, "device": options.device}
+    problem = models.build(name, train_steps=10 if options.quick else TRAIN_STEPS, quick=options.quick, **where)
+    H = hf.hessian(problem.loss, problem.params, problem.batch)
+    num = 16 if options.quick else arguments.reference_probes
+    truth = hf.hutchinson(H, num_probes=num, generator=torch.Generator().manual_seed(54321))
+    value, noise = float(truth.value), float(truth.stderr)
+    target = noise / abs(value) if options.quick else arguments.target
+    # One more than a normal sample needs, so that a peer does not miss the target by a hair.
+    probes = max(2, math.ceil((noise * math.sqrt(num) / value / target) ** 2) + 1)
+    if probes > MAX_PROBES:
+        note = f"not run: a trace of {value:.3g} +- {noise:.2g} after {num} probes would take {probes:,} of them"
+        return harness.Table(f"{name}: trace", [], ["library"], [note])
+
+    def judge(answer: Answer) -> harness.Record:
+        record: harness.Record = {"products": answer.matvecs, "error": abs(answer.value / value - 1)}
+        stderr = target * abs(value) if answer.stderr is None else answer.stderr
+        if answer.stderr is not None:
+            record["stderr"] = answer.stderr / abs(value)
+        within = abs(answer.value - value) <= 4 * math.hypot(stderr, noise)
+        record["agrees"] = within and stderr <= 1.5 * target * abs(value)
+        return record
+
+    calls = competitors(problem, value, probes, target, arguments)
+    records = harness.race(calls, judge, gradient=problem.gradient, options=options, budget=arguments.budget)
+    for record in records:
+        record["model"] = name
+        record["to target"] = "yes" if record["agrees"] else "no"
+    columns = ["library", "to target", "seconds", "gradients", "to fastest peer", "products", "stderr", "error"]
+    notes = [f"reference {value:.5g} +- {noise:.2g} from {num} probes; error and stderr relative to it"]
+    title = f"{name}: trace to {target:.2g} standard error"
+    return harness.Table(title, records, [*columns, "first call s"], [*notes, *peers.notes()])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 1 if the library's own estimate is wrong."""
+    parser = harness.parser(__doc__, models=models.NAMES, repeats=5)
+    parser.add_argument("--target", type=float, default=0.02, help="standard error relative to the trace")
+    parser.add_argument("--reference-probes", type=int, default=400, help="probes of the reference run")
+    parser.add_argument(
+        "--deflate", type=int, nargs="*", default=[5, 10], help="also run hessfunc with that many pairs"
+    )
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds of timed rounds per model")
+    arguments = parser.parse_args(argv)
+    options = harness.settings(arguments)
+    warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")  # PyHessian's way
+    tables = []
+    for name in options.models:
+        tables.append(run_model(name, options, arguments))
+        print(f"{name}: done", file=sys.stderr)
+    records = [record for table in tables for record in table.records]
+    harness.report("bench_trace_peers", tables, records, options)
+    return 0 if all(r["agrees"] for r in records if r["library"].startswith("hessfunc")) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

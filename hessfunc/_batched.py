@@ -1,0 +1,112 @@
+"""A curvature product summed over all batches of a data set, as an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C import _functorch
+
+from hessfunc import tree
+from hessfunc._checks import check_count, check_finite, check_loss_value, check_params
+from hessfunc._compat import REVERSE_OVER_REVERSE, rerouted
+from hessfunc._data import Batches
+from hessfunc._operators import Operator
+from hessfunc._traced import Product, TracedProduct
+from hessfunc._typing import Batch, Loss, Params, Tensor
+
+
+def over_batches(
+    product: Product,
+    loss: Loss,
+    params: Params,
+    data: Any,
+    *,
+    name: str,
+    reduction: str,
+    count: Callable[[Batch], float] | None,
+    chunk_size: int | None,
+    linearize: bool,
+    memory_budget: int | None,
+    compile: bool = False,
+    vmappable: bool = True,
+    extend: Callable[[int, tuple[Any, ...]], tuple[Any, ...]] | None = None,
+) -> Operator:
+    """``product`` over ``data``, weighted as the loss is; the arguments are those of [`hessian`][hessfunc.hessian].
+
+    Args:
+        product: ``product(loss, params, v, *batch)``, linear in ``v``.
+        loss: what the product is of.
+        params: the point.
+        data: one batch or a re-iterable of batches.
+        name: what to call a product in error messages.
+        reduction: ``"mean"`` or ``"sum"``.
+        count: what a batch weighs under ``"mean"``.
+        chunk_size: largest number of vectors to push through one batch together.
+        linearize: whether to trace the product.
+        memory_budget: bytes for residuals kept from pass to pass.
+        compile: whether to compile the tangent program.
+        vmappable: whether the product runs under ``vmap``.
+        extend: ``extend(position, batch)`` gives the arguments of the product from those of the loss; it must return
+            the same objects in every pass where the batch is the same object.
+    """
+    check_params(params)
+    if any(_functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree.leaves(params)):
+        raise TypeError(
+            "params are inside a torch.func transform (vmap, grad or jvp); an operator is built outside. Give kernels "
+            "the product itself: hessfunc.lanczos(lambda v: hessfunc.hvp(loss, params, v, *batch), v0, num_steps)."
+        )
+    if chunk_size is not None:
+        check_count(chunk_size, name="chunk_size")
+    if memory_budget is not None:
+        check_count(memory_budget, name="memory_budget", minimum=0)
+    params = tree.detach(params)
+    layout = tree.Layout.of(params)
+    batches = Batches.of(data, reduction=reduction, count=count, device=layout.device)
+    _check_first_batch(loss, params, batches)
+    traced = TracedProduct(
+        product,
+        loss,
+        params,
+        vmappable=vmappable,
+        linearize=linearize,
+        max_lanes=chunk_size,
+        memory_budget=memory_budget,
+        compile=compile,
+    )
+
+    @torch.no_grad()
+    def rows(rows: Tensor) -> Tensor:
+        total = None
+        weights = []
+        for position, (batch, weight) in enumerate(batches):
+            arguments = batch if extend is None else extend(position, batch)
+            products = traced.rows(rows, arguments, position, keep=batches.stable)
+            check_finite(
+                products,
+                what=f"the {name} on batch {position}",
+                remedy="look at the loss and its gradient there (log of 0, sqrt at 0, overflow in low precision).",
+            )
+            if batches.single:
+                return products
+            total = weight * products if total is None else total.add_(products, alpha=weight)
+            weights.append(weight)
+        assert total is not None  # an empty pass raises
+        return total.div_(batches.total(weights))
+
+    return Operator(params, rows)
+
+
+def _check_first_batch(loss: Loss, params: Params, batches: Batches) -> None:
+    batch, _ = next(iter(batches))
+    with torch.no_grad():
+        try:
+            value = rerouted(loss, REVERSE_OVER_REVERSE)(params, *batch)
+        except TypeError as error:
+            raise TypeError(
+                f"loss(params, *batch) failed on the first batch, which holds {len(batch)} item(s): {error}. A tuple "
+                "as data is one batch; a list is several. Does the loss take params first and then these items?"
+            ) from error
+    check_loss_value(value)
+    check_finite(value, what="the loss of batch 0", remedy="curvature is not defined there; check params and data.")

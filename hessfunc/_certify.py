@@ -1,0 +1,56 @@
+"""What solvers for eigenpairs share: start vectors, tolerances, and residuals computed anew at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hessfunc import tree
+from hessfunc._checks import check_count, check_finite, check_like
+from hessfunc._eigenpairs import Eigenpairs
+from hessfunc._operators import Operator
+from hessfunc._typing import Tensor
+
+NOISE = 50
+"""Residuals below this many units of rounding of the largest eigenvalue count as zero."""
+
+
+def tolerances(values: np.ndarray, scale: float, tol: float, dtype: torch.dtype) -> np.ndarray:
+    """Residuals allowed; differences below the rounding level of the operator cannot be asked for."""
+    return np.maximum(tol * np.abs(values), NOISE * torch.finfo(dtype).eps * scale)
+
+
+def given_rows(H: Operator, v0: Any) -> Tensor:
+    """Start vectors, in any of the forms that ``v0`` takes, as unit rows; a zero vector stays zero."""
+    given = v0.eigenvectors if isinstance(v0, Eigenpairs) else v0
+    first = next(iter(tree.leaves(given)), None)
+    stacked = isinstance(first, torch.Tensor) and first.dim() == len(H.layout.shapes[0]) + 1
+    num = check_like(given, H.like, name="v0", reference="H.like", rows=stacked)
+    check_count(num, name="the number of vectors in v0")
+    rows = H.layout.ravel_rows(given) if stacked else H.layout.ravel(given).unsqueeze(0)
+    check_finite(rows, what="v0", remedy="leave it out for a random start.")
+    tiny = torch.finfo(H.dtype).tiny
+    rows = rows / rows.abs().amax(dim=1, keepdim=True).clamp(min=tiny)  # so that no square over- or underflows
+    return rows.div_(torch.stack([tree.flat_norm(row) for row in rows]).clamp(min=tiny).unsqueeze(1))
+
+
+def certified(H: Operator, rows: Tensor, *, which: str, tol: float, scale: float, num_matvecs: int) -> Eigenpairs:
+    """Eigenpairs from approximate eigenvectors, in order, with residuals from one product each.
+
+    ``num_matvecs`` is what goes into the result and includes these products. ``scale`` is the norm of ``H``.
+    """
+    if any(dtype != H.dtype for dtype in H.layout.dtypes):  # residuals are those of the vectors as handed out
+        rows = H.layout.ravel_rows(H.layout.unravel_rows(rows))
+    products = H.rows(rows)
+    pairs = list(zip(rows, products, strict=True))
+    values = torch.stack([tree.flat_dot(row, product) / tree.flat_dot(row, row) for row, product in pairs])
+    residuals = torch.stack([tree.flat_norm(p - value * row) for value, (row, p) in zip(values, pairs, strict=True)])
+    del products, pairs
+    keys = {"LM": -values.abs(), "SA": values}.get(which, -values)
+    order = torch.argsort(keys, stable=True)
+    limits = tolerances(values.cpu().double().numpy(), scale, tol, H.dtype)
+    converged = residuals <= torch.from_numpy(limits).to(residuals)
+    vectors = H.layout.unravel_rows(rows[order])
+    return Eigenpairs(values[order], vectors, residuals[order], converged[order], num_matvecs)

@@ -1,0 +1,123 @@
+"""A number estimated from random probes, with its error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from scipy import stats
+
+from hessfunc._typing import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate and its standard error; all tensors are float64 and on the CPU.
+
+    Attributes:
+        value: the estimate, a scalar; the mean of ``samples``.
+        stderr: standard error of ``value``, a scalar: ``std(samples) / sqrt(num_samples)``, and for ``xtrace`` and
+            ``xnystrace`` the jackknife's. Infinite for a single sample, which tells nothing of its error; 0 where the
+            value is exact.
+        samples: the values whose mean is the estimate, shape ``(num_samples,)``. Independent, one for each probe, for
+            Hutchinson's method and for quadrature; what is known exactly (deflated pairs) is added to each. For
+            ``xtrace`` and ``xnystrace`` the leave-one-out values, exchangeable but not independent.
+        num_matvecs: products spent in all.
+        leaf_samples: contributions of the leaves to each sample, shape ``(num_samples, num_leaves)``; its rows sum to
+            ``samples``. ``None`` where the method has none.
+        leaf_names: dotted names of the leaves; empty without ``leaf_samples``.
+
+    Example:
+        >>> import torch
+        >>> estimate = Estimate.of(torch.tensor([9.0, 10.0, 11.0, 10.0]), num_matvecs=4)
+        >>> estimate
+        Estimate(10 ± 0.41, num_samples=4, num_matvecs=4)
+        >>> [round(bound, 3) for bound in estimate.interval(0.95)]
+        [8.701, 11.299]
+        >>> float(estimate), float(estimate.value)
+        (10.0, 10.0)
+    """
+
+    value: Tensor
+    stderr: Tensor
+    samples: Tensor
+    num_matvecs: int
+    leaf_samples: Tensor | None = field(default=None, repr=False)
+    leaf_names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        samples: Tensor,
+        *,
+        num_matvecs: int,
+        leaf_samples: Tensor | None = None,
+        leaf_names: Sequence[str] = (),
+        stderr: Tensor | None = None,
+    ) -> Estimate:
+        """The mean of ``samples``, with the standard error of independent samples unless another is given."""
+        samples = samples.detach().cpu().double()
+        count = samples.shape[0]
+        if stderr is None:
+            stderr = samples.std() / count**0.5 if count > 1 else samples.new_tensor(torch.inf)
+        return cls(
+            value=samples.mean(),
+            stderr=stderr.detach().cpu().double(),
+            samples=samples,
+            num_matvecs=num_matvecs,
+            leaf_samples=None if leaf_samples is None else leaf_samples.detach().cpu().double(),
+            leaf_names=tuple(leaf_names),
+        )
+
+    def half_width(self, confidence: float = 0.95) -> float:
+        """Half the width of [`interval`][hessfunc.Estimate.interval]; infinite for a single sample."""
+        check_confidence(confidence)
+        stderr = float(self.stderr)
+        if stderr == 0 or stderr == float("inf"):
+            return stderr
+        return float(stats.t.ppf(0.5 + confidence / 2, df=self.samples.shape[0] - 1)) * stderr
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Interval that holds the true value with probability ``confidence``.
+
+        Formula: ``value -+ t * stderr`` with the quantile ``t`` of Student's distribution with ``num_samples - 1``
+        degrees of freedom: exact for normal samples, close for others from about eight on.
+
+        Raises:
+            ValueError: ``confidence`` is not between 0 and 1.
+        """
+        half = self.half_width(confidence)
+        return float(self.value) - half, float(self.value) + half
+
+    @property
+    def per_leaf(self) -> dict[str, Estimate]:
+        """The leaves' shares by dotted name, each with its own error; the values sum to ``value``.
+
+        Raises:
+            ValueError: the method that made this estimate keeps no leaf samples.
+        """
+        if self.leaf_samples is None:
+            raise ValueError("this estimate has no leaf_samples; those of hessfunc.hutchinson and hessfunc.hutchpp do.")
+        exact = self.stderr if self.stderr == 0 else None
+        return {
+            name: Estimate.of(column, stderr=exact, num_matvecs=self.num_matvecs)
+            for name, column in zip(self.leaf_names, self.leaf_samples.unbind(1), strict=True)
+        }
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __repr__(self) -> str:
+        return (
+            f"Estimate({float(self.value):.6g} ± {float(self.stderr):.2g}, "
+            f"num_samples={self.samples.shape[0]}, num_matvecs={self.num_matvecs})"
+        )
+
+
+def check_confidence(confidence: float) -> None:
+    """Raise unless ``0 < confidence < 1``."""
+    if isinstance(confidence, bool) or not isinstance(confidence, int | float):
+        raise TypeError(f"confidence is {confidence!r} of type {type(confidence).__name__}, expected a number.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} is out of range; expected 0 < confidence < 1, for example 0.95.")

@@ -1,0 +1,84 @@
+"""The Hessian of a loss over a data set, as an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hessfunc._batched import over_batches
+from hessfunc._operators import Operator
+from hessfunc._products import hvp, hvp_double_backward, hvp_unchecked
+from hessfunc._traced import Product
+from hessfunc._typing import Batch, Loss, Params
+
+
+def hessian(
+    loss: Loss,
+    params: Params,
+    data: Any = (),
+    *,
+    reduction: str = "mean",
+    count: Callable[[Batch], float] | None = None,
+    product: Product = hvp,
+    chunk_size: int | None = None,
+    linearize: bool = True,
+    memory_budget: int | None = None,
+    compile: bool = False,
+) -> Operator:
+    """The Hessian of ``loss`` at ``params`` over all of ``data``, as a matvec.
+
+    With ``reduction="mean"`` it is that of ``sum_b n_b loss_b / sum_b n_b`` over batches ``b`` of ``n_b`` samples,
+    which is exact for a ragged last batch; with ``"sum"`` that of ``sum_b loss_b``. Each call of ``rows`` or
+    ``matmat`` makes one pass over the data, whatever the number of vectors.
+
+    Args:
+        loss: ``loss(params, *batch) -> scalar``, mean-reduced over its batch unless ``reduction="sum"``.
+        params: pytree of floating-point tensors; taken detached, so ``requires_grad`` does not matter.
+        data: a tuple is one batch, passed as ``loss(params, *batch)``; a mapping is one batch, passed as
+            ``loss(params, batch)``; a list, DataLoader or other re-iterable is many such batches. The default is
+            for a loss of the parameters alone. Tensors are moved to the parameters' device.
+        reduction: ``"mean"`` or ``"sum"``: how ``loss`` reduces over a batch.
+        count: what a batch weighs under ``"mean"``, for instance the number of tokens that count; by default the
+            length of the leading axis its tensors share.
+        product: the product to use: ``hessfunc.hvp``, ``hvp_reverse_over_forward`` or ``hvp_double_backward``.
+        chunk_size: largest number of vectors to push through one batch together; by default at most 8, and fewer
+            where operations are large enough not to gain, or are convolutions, which lose.
+        linearize: trace the product once for each shape of batch and evaluate what does not depend on the vector once
+            per batch and pass (see ``hessfunc/_linearize.py``). The loss must then not depend on anything that changes
+            between products besides its arguments. What cannot be traced runs without, after a ``ProductWarning``.
+        memory_budget: bytes to spend on what one pass over the data leaves for the next, so that it need not be
+            evaluated again; by default a quarter of the free memory. Batches of a DataLoader are not kept.
+        compile: compile what depends on the vector with ``torch.compile``, which takes a minute or so for each
+            shape of batch and a compiler on the machine; the first product is checked against the eager one.
+
+    Raises:
+        ValueError: empty data, non-scalar loss, unclear sample count, an option out of range.
+        TypeError: an integer leaf, an exhausted iterator, arguments that do not fit the loss.
+        FloatingPointError: the loss of the first batch, or later a product, is NaN or infinite.
+
+    Warns:
+        ProductWarning: the product could not be traced.
+
+    Example:
+        >>> import torch, hessfunc as hf
+        >>> loss = lambda w, x, y: ((x @ w - y) ** 2).mean() / 2
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> whole = hf.hessian(loss, torch.zeros(2), (x, torch.zeros(3)))
+        >>> batched = hf.hessian(loss, torch.zeros(2), [(x[:2], torch.zeros(2)), (x[2:], torch.zeros(1))])
+        >>> whole(torch.ones(2)), batched(torch.ones(2))
+        (tensor([0.3333, 1.3333]), tensor([0.3333, 1.3333]))
+    """
+    return over_batches(
+        hvp_unchecked if product is hvp else product,
+        loss,
+        params,
+        data,
+        name="Hessian-vector product",
+        reduction=reduction,
+        count=count,
+        chunk_size=chunk_size,
+        linearize=linearize,
+        memory_budget=memory_budget,
+        compile=compile,
+        vmappable=product is not hvp_double_backward,
+    )

@@ -1,0 +1,210 @@
+"""One set of Lanczos runs that gives eigenpairs, trace and density together."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+
+from hessfunc import _probes
+from hessfunc._certify import certified
+from hessfunc._checks import ConvergenceWarning, check_choice, check_count, check_positive
+from hessfunc._deflation import leaf_sums
+from hessfunc._eigenpairs import Eigenpairs
+from hessfunc._eigsh import WHICH, wanted
+from hessfunc._estimate import Estimate
+from hessfunc._lanczos import Tridiagonal, lanczos
+from hessfunc._operators import Operator
+from hessfunc._outliers import Outliers, RitzPairs
+from hessfunc._quadrature import Quadrature
+from hessfunc._runs import check_options, continued, deflated_rows, normalized, run_deflated
+from hessfunc._typing import Tensor
+
+
+@dataclass(frozen=True)
+class Krylov:
+    """What a set of Lanczos runs tells of an operator; see [`krylov`][hessfunc.krylov].
+
+    Attributes:
+        quadrature: the spectrum, exact outliers included ([`Quadrature`][hessfunc.Quadrature]).
+        trace: trace with the share of every leaf, from the same probes with the exact outliers projected off.
+        ritz_values: all Ritz values of the reorthogonalized run, ascending, float64.
+        ritz_residuals: their residual norms by the Lanczos recurrence, float64.
+        repeated: exact outliers of which a further copy showed up in the other probes, shape ``(num_exact,)``, bool.
+    """
+
+    quadrature: Quadrature
+    trace: Estimate
+    ritz_values: Tensor = field(repr=False)
+    ritz_residuals: Tensor = field(repr=False)
+    repeated: Tensor = field(repr=False)
+    _operator: Operator = field(repr=False)
+    _pairs: RitzPairs = field(repr=False)
+
+    def eigenpairs(self, k: int, *, which: str = "LM", tol: float = 1e-3) -> Eigenpairs:
+        """The k most extreme Ritz pairs, each with a true residual from a product made for it. Cost: k matvecs.
+
+        A pair counts as converged if ``|H v - lambda v| <= tol * |lambda|``, as in [`eigsh`][hessfunc.eigsh], which
+        goes on from here if some did not: ``eigsh(H, k, v0=pairs, generator=generator)``. One Krylov space
+        holds one copy of a repeated eigenvalue; the other probes tell if there are more.
+
+        Args:
+            k: number of pairs.
+            which: ``"LM"`` largest magnitude, ``"LA"`` largest, ``"SA"`` smallest, ``"BE"`` both ends.
+            tol: residual of a pair over its ``|lambda|``.
+
+        Raises:
+            ValueError: an option is out of range.
+
+        Warns:
+            ConvergenceWarning: a pair has not converged, or an eigenvalue listed once is repeated.
+        """
+        pairs = self.candidates(k, which=which, tol=tol)
+        if not bool(pairs.converged.all()):
+            warnings.warn(
+                f"krylov: {int((~pairs.converged).sum())} of {k} pairs have a residual above tol={tol}; see the fields "
+                "converged and residuals. Raise num_steps, or go on with eigsh(H, k, v0=pairs, generator=generator).",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        copies = self.quadrature.exact[self.repeated]
+        listed = copies[torch.isin(copies, self.ritz_values[self._chosen(k, which)])]
+        if listed.numel():
+            warnings.warn(
+                f"krylov: the eigenvalue {float(listed[0]):.6g} is repeated, but one Krylov space holds it once, so a "
+                "further copy may be missing from the list; hessfunc.eigsh finds all copies.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return pairs
+
+    def candidates(self, k: int, *, which: str = "LM", tol: float = 1e-3) -> Eigenpairs:
+        """The same as ``eigenpairs`` without its warnings, for those who look at ``converged`` and ``repeated``."""
+        H = self._operator
+        check_count(k, name="k", maximum=self.ritz_values.shape[0], why=", the number of Ritz pairs")
+        check_choice(which, WHICH, name="which")
+        check_positive(tol, name="tol")
+        with torch.no_grad():
+            rows = self._pairs.rows(self._chosen(k, which))
+            scale = float(self.ritz_values.abs().max())
+            spent = self.quadrature.num_matvecs + k
+            return certified(H, rows, which=which, tol=tol, scale=scale, num_matvecs=spent)
+
+    def _chosen(self, k: int, which: str) -> Tensor:
+        return torch.from_numpy(wanted(self.ritz_values.numpy(), which)[:k].copy())
+
+
+def krylov(
+    H: Operator,
+    *,
+    num_steps: int,
+    num_probes: int,
+    reorthogonalize: str = "none",
+    chunk_size: int | None = None,
+    generator: torch.Generator,
+) -> Krylov:
+    """Eigenpairs, trace, trace of every leaf, and spectral density from the same products.
+
+    The first probe gets a fully reorthogonalized Lanczos run. Those of its Ritz pairs that are isolated eigenpairs
+    (residual below a hundredth of the gap to the next) get their exact mass ``1 / size``: this is variance-reduced
+    stochastic Lanczos quadrature (Bhattacharjee, Jayaram, C. Musco, C. Musco and Ray 2025, arXiv 2410.21690). All
+    other probes have these eigenvectors projected off before they run, in lockstep, so that only the rest of the
+    spectrum is left to chance::
+
+        tr f(H) ~ sum_exact f(lambda) + (size - num_exact) * mean_probes sum_i weight_i f(node_i)
+
+    The projected probes do not depend on the first one, so that a trace is unbiased for them whether or not the pairs
+    have converged, and a repeated eigenvalue keeps its full mass: its other copies are found among the rest and
+    told as ``repeated``. In the first probe's own row the choice of pairs depends on the probe; the bias is a small
+    part of the row's noise, and the row is one of ``num_probes``. With ``num_probes=1`` there is nothing to check that
+    eigenvalues are simple; only a gross excess of mass is noticed.
+
+    Cost: ``num_probes * num_steps`` matvecs in ``2 * num_steps`` passes. Memory: ``num_steps + num_exact`` vectors that
+    stay with the result, ``num_probes`` probes, and three vectors for each probe of a chunk (``num_steps`` with
+    ``reorthogonalize="full"``).
+
+    Args:
+        H: symmetric operator.
+        num_steps: Lanczos steps per probe, between 1 and ``H.size``.
+        num_probes: number of probes.
+        reorthogonalize: ``"none"`` or ``"full"``, for the probes other than the first.
+        chunk_size: probes run at a time; by default all. Changes memory, not the answer.
+        generator: draws the probes, uniform on the sphere.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Example:
+        >>> import torch, hessfunc as hf
+        >>> H = hf.as_operator(torch.diag(torch.tensor([9.0, 5.0] + [0.01 * i for i in range(50)])))
+        >>> result = hf.krylov(H, num_steps=20, num_probes=4, generator=torch.Generator().manual_seed(0))
+        >>> result.eigenpairs(2).eigenvalues.round(decimals=3)
+        tensor([9., 5.])
+    """
+    check_options(H, num_steps, num_probes, reorthogonalize, chunk_size, generator)
+    with torch.no_grad():
+        probes = _probes.sphere(num_probes, H.size, generator=generator, dtype=H.dtype, device=H.device)
+        unit, product, run = _pilot(H, probes[0], num_steps)
+        pairs = RitzPairs.of(run)
+        which = pairs.isolated(H.size)
+        if num_probes == 1 and not pairs.consistent(which, H.size):
+            which = which[:0]
+        found = pairs.select(which, H.size)
+        rest = run_deflated(H, found, probes[1:], num_steps, reorthogonalize, chunk_size)
+        repeated = found.repeated(rest.nodes, rest.weights, H.size)
+        simple = ~repeated if pairs.consistent(which[~repeated], H.size) else torch.zeros_like(repeated)
+        own = found.subset(simple)
+        spent = num_probes * num_steps
+        nodes, weights = deflated_rows(found.values, rest, H.size)
+        first_nodes, first_weights = _pilot_row(pairs, found, which, simple, H.size, num_steps)
+        quadrature = Quadrature(
+            nodes=torch.cat([first_nodes, nodes]),
+            weights=torch.cat([first_weights, weights]),
+            size=H.size,
+            num_steps=num_steps,
+            num_matvecs=spent,
+            num_exact=len(which),
+        )
+        shares = torch.cat([_pilot_shares(H, unit, product, own), _shares(H, found, rest.shares)])
+    trace = Estimate.of(shares.sum(dim=1), num_matvecs=spent, leaf_samples=shares, leaf_names=H.layout.names)
+    return Krylov(quadrature, trace, pairs.values, pairs.residuals, repeated, H, pairs)
+
+
+def _pilot(H: Operator, probe: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tridiagonal]:
+    unit = normalized(probe.unsqueeze(0))[0]
+    product = H.vector(unit)
+    return unit, product, lanczos(continued(H, product), unit, num_steps, reorthogonalize="full")
+
+
+def _pilot_row(
+    pairs: RitzPairs, found: Outliers, which: Tensor, simple: Tensor, size: int, num_steps: int
+) -> tuple[Tensor, Tensor]:
+    """The row of the first probe: the weights of ``simple`` pairs replaced, those of the others rescaled."""
+    kept = which[simple]
+    rest = pairs.weights.clone()
+    rest[kept] = 0
+    if len(kept):
+        rest *= (1 - len(kept) / size) / rest.sum().clamp(min=torch.finfo(rest.dtype).tiny)
+    padding = num_steps - len(rest)
+    nodes = torch.cat([found.values, pairs.values, pairs.values[-1:].expand(padding)])
+    weights = torch.cat([simple.double() / size, rest, rest.new_zeros(padding)])
+    return nodes.unsqueeze(0), weights.unsqueeze(0)
+
+
+def _pilot_shares(H: Operator, unit: Tensor, product: Tensor, own: Outliers) -> Tensor:
+    """Samples of the leaves' traces from the first probe, the pairs ``own`` projected off it after the run."""
+    along = own.rows @ unit
+    rest = unit - along @ own.rows
+    product = product - (own.values.to(along) * along) @ own.rows
+    squared = rest.square().sum()
+    sample = leaf_sums((rest * product).unsqueeze(0), H) / squared.cpu().double().clamp(
+        min=torch.finfo(rest.dtype).tiny
+    )
+    return _shares(H, own, sample)
+
+
+def _shares(H: Operator, outliers: Outliers, samples: Tensor) -> Tensor:
+    """Trace of every leaf: that of the outliers, and ``samples`` of the mean over the rest."""
+    squares = leaf_sums(outliers.rows.square(), H)
+    return outliers.values @ squares + (H.size - len(outliers.values)) * samples

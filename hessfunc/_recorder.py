@@ -1,0 +1,163 @@
+"""Record the tensor operations of a function as a graph, at the level below autograd and torch.func."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hessfunc import tree
+from hessfunc._typing import Tensor
+
+_METADATA = {"aten::is_same_size", "aten::_has_same_storage_numel", "aten::_has_compatible_shallow_copy_type"}
+_PLAIN = (int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class NotRecordableError(Exception):
+    """The function does something that a graph cannot repeat for other inputs."""
+
+
+@dataclass
+class Recording:
+    """A straight-line program.
+
+    Attributes:
+        graph: nodes in the order of execution; placeholders are the inputs, ``get_attr`` nodes the constants.
+        inputs: one placeholder per input tensor.
+        outputs: one node per output tensor.
+        constants: tensors the function closes over, by attribute name.
+        storage: an id for each node, shared by nodes that are views of the same memory.
+        strides: memory layout of each node's tensor.
+        mutations: nodes that write into the memory with the id given.
+        random: names of operations that draw random numbers.
+        elements: number of entries in each operation's results, for an idea of their size.
+    """
+
+    graph: Graph = field(default_factory=Graph)
+    inputs: list[Node] = field(default_factory=list)
+    outputs: list[Node] = field(default_factory=list)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    storage: dict[Node, int] = field(default_factory=dict)
+    strides: dict[Node, tuple[int, ...]] = field(default_factory=dict)
+    mutations: list[tuple[Node, int]] = field(default_factory=list)
+    random: list[str] = field(default_factory=list)
+    elements: list[int] = field(default_factory=list)
+
+
+def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[Recording, list[Tensor]]:
+    """Run ``function(*inputs)`` once and write down what it did; returns the recording and the results.
+
+    Raises:
+        NotRecordableError: the function reads a value out of a tensor that depends on the inputs (``.item()``, ``if
+            tensor``), makes shapes that depend on values, or uses an argument that a graph cannot hold.
+    """
+    recorder = _Recorder()
+    for i, tensor in enumerate(inputs):
+        recorder.add_input(tensor, f"input_{i}")
+    with recorder:
+        outputs = list(function(*inputs))
+    recording = recorder.recording
+    recording.outputs = [recorder.node_of(tensor) for tensor in outputs]
+    return recording, outputs
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self._nodes = WeakTensorKeyDictionary()
+
+    def add_input(self, tensor: Tensor, name: str) -> None:
+        node = self.recording.graph.placeholder(name)
+        self.recording.inputs.append(node)
+        self._remember(tensor, node, storage=None)
+
+    def node_of(self, tensor: Tensor) -> Node:
+        node = self._nodes.get(tensor)
+        if node is None:  # made outside of the function: a constant of the program
+            name = f"constant_{len(self.recording.constants)}"
+            self.recording.constants[name] = tensor
+            node = self.recording.graph.create_node("get_attr", name)
+            self._remember(tensor, node, storage=None)
+        return node
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func._schema.name in _METADATA:  # about shapes and layouts, which a recording fixes anyway
+            return result
+        results = [leaf for leaf in tree.leaves(result) if leaf is not None]
+        tags = func.tags
+        if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
+            raise NotRecordableError(f"the values of a tensor decide on shapes or on the way taken ({func})")
+        if any(not isinstance(leaf, torch.Tensor) for leaf in results):
+            raise NotRecordableError(f"{func} reads a Python value out of a tensor")
+        if torch.Tag.nondeterministic_seeded in tags:
+            self.recording.random.append(str(func))
+        arguments = tree.map_leaves(self._argument, (args, dict(kwargs)))
+        node = self.recording.graph.call_function(func, *arguments)
+        storage = self._aliased(func, args, kwargs)
+        if func._schema.is_mutable:
+            self._note_mutations(func, args, kwargs, node)
+        self.recording.elements.append(sum(leaf.numel() for leaf in results))
+        self._remember_results(result, node, storage)
+        return result
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.node_of(value)
+        if isinstance(value, _PLAIN):
+            return value
+        raise NotRecordableError(f"an argument of type {type(value).__name__} has no place in a graph")
+
+    def _remember(self, tensor: Tensor, node: Node, storage: int | None) -> None:
+        self._nodes[tensor] = node
+        self.recording.strides[node] = tensor.stride()
+        self.recording.storage[node] = len(self.recording.storage) if storage is None else storage
+
+    def _remember_results(self, result: Any, node: Node, storage: int | None) -> None:
+        if isinstance(result, torch.Tensor):
+            self._remember(result, node, storage)
+        elif isinstance(result, tuple | list):
+            self.recording.storage[node] = len(self.recording.storage) if storage is None else storage
+            for i, part in enumerate(result):
+                if isinstance(part, torch.Tensor):
+                    item = self.recording.graph.call_function(select_result, (node, i))
+                    self._remember(part, item, storage)
+        else:
+            self.recording.storage[node] = len(self.recording.storage)
+
+    def _aliased(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """Storage of the argument that the results are views of, if they are."""
+        if not any(result.alias_info is not None for result in func._schema.returns):
+            return None
+        for spec, value in _bound(func, args, kwargs):
+            if spec.alias_info is not None and isinstance(value, torch.Tensor):
+                return self.recording.storage[self.node_of(value)]
+        return None
+
+    def _note_mutations(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: Node) -> None:
+        for spec, value in _bound(func, args, kwargs):
+            if spec.alias_info is not None and spec.alias_info.is_write:
+                for tensor in tree.leaves(value):
+                    if isinstance(tensor, torch.Tensor):
+                        self.recording.mutations.append((node, self.recording.storage[self.node_of(tensor)]))
+
+
+def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Pairs of an argument's schema and its value."""
+    specs = func._schema.arguments
+    by_name = {spec.name: spec for spec in specs}
+    return [*zip(specs, args, strict=False), *((by_name[name], value) for name, value in kwargs.items())]
+
+
+def select_result(results: Sequence[Tensor], position: int) -> Tensor:
+    """One of an operation's several results."""
+    return results[position]

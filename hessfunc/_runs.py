@@ -1,0 +1,92 @@
+"""Lanczos runs from several probes in lockstep, on an operator or on what some of its eigenpairs leave over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from hessfunc._checks import check_choice, check_count, check_generator
+from hessfunc._deflation import leaf_sums
+from hessfunc._lanczos import eigh_tridiagonal, lanczos
+from hessfunc._operators import Operator
+from hessfunc._outliers import Outliers
+from hessfunc._typing import Tensor
+
+
+class Runs(NamedTuple):
+    """Lanczos runs from several probes, as quadrature rules and as shares of the leaves in ``<q, H q>``.
+
+    Attributes:
+        nodes: Ritz values, shape ``(num_probes, num_steps)``, float64, on the CPU.
+        weights: squared first components, the same shape; each row sums to 1.
+        shares: contribution of each leaf to ``<q, H q>`` for the unit probe ``q``, ``(num_probes, num_leaves)``.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    shares: Tensor
+
+
+def run_deflated(
+    H: Operator, outliers: Outliers, probes: Tensor, num_steps: int, reorthogonalize: str, chunk_size: int | None
+) -> Runs:
+    """Lanczos runs on what the outliers leave over of ``H``."""
+    # Twice, since the second pass takes off what rounding left in the first.
+    projected = outliers.project(outliers.project(probes))
+    return run_probes(outliers.deflate(H), projected, num_steps, reorthogonalize, chunk_size)
+
+
+def run_probes(H: Operator, probes: Tensor, num_steps: int, reorthogonalize: str, chunk_size: int | None) -> Runs:
+    """Lanczos runs from the rows of ``probes``, each chunk in lockstep: one pass over the data per step."""
+    if probes.shape[0] == 0:
+        empty = torch.empty(0, num_steps, dtype=torch.float64)
+        return Runs(empty, empty, empty.new_empty(0, len(H.layout.sizes)))
+
+    def one(unit: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+        run = lanczos(continued(H, product), unit, num_steps, reorthogonalize=reorthogonalize)
+        return run.alphas, run.betas
+
+    pieces = []
+    for chunk in probes.split(chunk_size or probes.shape[0]):
+        units = normalized(chunk)
+        products = H.rows(units)
+        alphas, betas = torch.func.vmap(one)(units, products)
+        ritz = eigh_tridiagonal(alphas, betas)
+        pieces.append((ritz.eigenvalues, ritz.eigenvectors[:, 0].square(), leaf_sums(units * products, H)))
+    nodes, weights, shares = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return Runs(nodes, weights, shares)
+
+
+def deflated_rows(values: Tensor, rest: Runs, size: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of whole rows: exact ``values`` of mass ``1 / size`` each, then what the probes found."""
+    count = rest.nodes.shape[0]
+    nodes = torch.cat([values.expand(count, -1), rest.nodes], dim=1)
+    exact = torch.full((count, len(values)), 1 / size, dtype=torch.float64)
+    return nodes, torch.cat([exact, rest.weights * (1 - len(values) / size)], dim=1)
+
+
+def check_options(
+    H: Operator, num_steps: int, num_probes: int, reorthogonalize: str, chunk_size: int | None, generator: Any
+) -> None:
+    """Check what every run of probes takes."""
+    check_count(num_steps, name="num_steps", maximum=H.size, why=", the size of the operator")
+    check_count(num_probes, name="num_probes")
+    check_choice(reorthogonalize, ("none", "full"), name="reorthogonalize")
+    if chunk_size is not None:
+        check_count(chunk_size, name="chunk_size")
+    check_generator(generator)
+
+
+def normalized(rows: Tensor) -> Tensor:
+    """Each row divided by its norm; a zero row stays zero."""
+    # torch.sum adds in pairs and keeps the digits that torch's norms lose over long float32 vectors.
+    norms = rows.square().sum(dim=1, keepdim=True).sqrt()
+    return rows / norms.clamp(min=torch.finfo(rows.dtype).tiny)
+
+
+def continued(H: Operator, product: Tensor) -> Callable[[Tensor], Tensor]:
+    """The matvec of a run whose first product is known."""
+    known = [product]
+    return lambda vector: known.pop() if known else H.vector(vector)

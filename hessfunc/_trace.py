@@ -1,0 +1,141 @@
+"""Trace by Hutchinson's method, plain or on what known eigenpairs leave over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from hessfunc._checks import check_count, check_finite, check_generator
+from hessfunc._deflation import Deflation
+from hessfunc._eigenpairs import Eigenpairs
+from hessfunc._estimate import Estimate
+from hessfunc._operators import Operator
+from hessfunc._probes import Sampler, signs
+from hessfunc._stopping import Stopping
+from hessfunc._typing import Params, Tensor
+
+CHUNK_PROBES, CHUNK_BYTES = 16, 2**28
+"""Probes held at a time unless ``chunk_size`` says otherwise: this many, or fewer if they take more than this."""
+
+
+def hutchinson(
+    H: Operator,
+    *,
+    num_probes: int | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    confidence: float = 0.95,
+    max_probes: int = 1000,
+    deflate: Eigenpairs | Params | None = None,
+    sampler: Sampler = signs,
+    chunk_size: int | None = None,
+    generator: torch.Generator,
+) -> Estimate:
+    """Trace of ``H`` and of its diagonal blocks, leaf by leaf, from the same random probes.
+
+    Formula: ``tr H = E[<v, H v>]`` for probes with ``E[v v^T] = I``; a leaf's block has the trace
+    ``E[sum of v * H v over the leaf's entries]``. With random signs one probe has variance
+    ``2 (|H|_F^2 - sum_i H_ii^2)`` (Hutchinson 1990). With ``deflate``, projector ``P`` onto known vectors,
+    ``tr H = tr(P H P) + tr((I - P) H (I - P))``: the first is the sum of Rayleigh quotients, the second is left to the
+    probes, without the outliers that make up most of ``|H|_F`` (as in Hutch++, Meyer et al. 2021). Unconverged
+    vectors cost variance, and no bias.
+
+    Give either ``num_probes``, or ``rtol`` and/or ``atol``: then batches of probes follow until the confidence
+    interval ``value -+ t * stderr`` is within ``rtol * |value|`` or within ``atol``, whichever comes first.
+
+    Cost: one matvec per probe, one pass over the data per ``chunk_size`` probes; with ``deflate`` one more matvec for
+    eigenpairs, and as many as there are vectors if these turn out not to be eigenpairs of ``H`` or come without
+    eigenvalues. Memory: four vectors per probe of a chunk, and those in ``deflate``.
+
+    Args:
+        H: symmetric operator.
+        num_probes: number of probes.
+        rtol: half-width of the interval to reach, relative to the estimate.
+        atol: half-width to reach; the floor for traces near zero, as an indefinite Hessian may have.
+        confidence: probability with which the interval shall hold the trace.
+        max_probes: where to end, with a warning, if the tolerance is not met.
+        deflate: ``Eigenpairs`` of ``H``, as from [`eigsh`][hessfunc.eigsh], or any linearly independent vectors as a
+            pytree like the parameters with a leading axis.
+        sampler: what draws the probes: signs have the least variance of all independent entries.
+        chunk_size: probes held at a time; by default 16, or fewer if these take more than 256 MiB. The same seed gives
+            the same probes whatever it is.
+        generator: draws the probes, one after the other.
+
+    Returns:
+        An [`Estimate`][hessfunc.Estimate] with one sample per probe, and ``per_leaf``.
+
+    Raises:
+        ValueError: an option is out of range, both or neither of ``num_probes`` and a tolerance are given, or
+            ``deflate`` does not fit ``H``.
+        FloatingPointError: a product is NaN or infinite.
+
+    Warns:
+        ConvergenceWarning: ``max_probes`` did not reach the tolerance; the message says what was reached.
+
+    Example:
+        >>> import torch, hessfunc as hf
+        >>> loss = lambda p: (p["a"] ** 4).sum() / 12 + p["b"].sum() * p["a"].sum()
+        >>> H = hf.hessian(loss, {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.ones(2)})
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> trace = hf.hutchinson(H, rtol=0.1, generator=generator)
+        >>> low, high = trace.interval()
+        >>> low < 14 < high, high - low < 0.2 * float(trace)
+        (True, True)
+        >>> sorted(trace.per_leaf)
+        ['a', 'b']
+    """
+    stopping = Stopping.of(num_probes, rtol, atol, confidence, max_probes)
+    check_generator(generator)
+    chunk = chunk_length(H, chunk_size)
+    with torch.no_grad():
+        known = Deflation.of(deflate, H, chunk)
+        parts: list[Tensor] = []
+        count, goal = 0, stopping.first
+        while True:
+            for probes in draw(H, goal - count, sampler, chunk, generator):
+                parts.append(known.samples(H, probes))
+                check_samples(parts[-1])
+            count = goal
+            leaf_samples = torch.cat(parts)
+            estimate = Estimate.of(
+                leaf_samples.sum(1),
+                num_matvecs=count + known.num_matvecs,
+                leaf_samples=leaf_samples,
+                leaf_names=H.layout.names,
+            )
+            following = stopping.following(estimate, count)
+            if following is None:
+                break
+            goal = following
+    stopping.warn_unless_met(
+        estimate,
+        method="hutchinson",
+        advice="Raise max_probes, deflate eigenpairs of large magnitude (deflate=), or ask for less.",
+        stacklevel=2,
+    )
+    return estimate
+
+
+def chunk_length(H: Operator, chunk_size: int | None) -> int:
+    """Number of probes to hold at a time."""
+    if chunk_size is not None:
+        check_count(chunk_size, name="chunk_size")
+        return chunk_size
+    return max(1, min(CHUNK_PROBES, CHUNK_BYTES // (H.size * H.dtype.itemsize)))
+
+
+def draw(H: Operator, num_probes: int, sampler: Sampler, chunk: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Probes in chunks of rows.
+
+    Each probe is drawn by a call of its own: a stream may depend on how many numbers one call asks for.
+    """
+    for start in range(0, num_probes, chunk):
+        length = min(chunk, num_probes - start)
+        rows = [sampler(1, H.size, generator=generator, dtype=H.dtype, device=H.device) for _ in range(length)]
+        yield torch.cat(rows)
+
+
+def check_samples(samples: Tensor) -> None:
+    """Raise if a product, or a sample made of products, is NaN or infinite."""
+    check_finite(samples, what="the product with a probe", remedy="the operator overflows, or is not defined there.")

@@ -1,0 +1,210 @@
+"""A curvature product traced once for each shape of batch, and the residuals worth keeping between products."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from hessfunc import tree
+from hessfunc._checks import ProductWarning
+from hessfunc._linearize import Linearized
+from hessfunc._recorder import NotRecordableError
+from hessfunc._typing import Loss, Params, Tensor
+
+Product = Callable[..., Params]
+"""``product(loss, params, v, *batch)``: a curvature product such as [`hvp`][hessfunc.hvp]."""
+
+MAX_LANES = 8
+LANE_ELEMENTS = 1 << 20
+"""Lanes of one operation hold about this many numbers at most: beyond that batching saves no overhead any more."""
+
+
+class TracedProduct:
+    """``product`` at fixed parameters, on flat rows, through its primal and tangent programs.
+
+    The first product on a batch of a new shape runs eagerly and is recorded; later ones replay the tangent program
+    on residuals that one evaluation of the primal program per batch provides. Residuals of batches that stay the same
+    objects are kept from pass to pass up to a budget. What cannot be recorded runs eagerly, after a ``ProductWarning``.
+    """
+
+    def __init__(
+        self,
+        product: Product,
+        loss: Loss,
+        params: Params,
+        *,
+        vmappable: bool,
+        linearize: bool,
+        max_lanes: int | None,
+        memory_budget: int | None,
+        compile: bool,
+    ) -> None:
+        self._product = product
+        self._loss = loss
+        self._layout = tree.Layout.of(params)
+        self._params, self._spec = tree.flatten(params)
+        self._vmappable = vmappable
+        self._eager = not linearize
+        self._compile = compile
+        self._max_lanes = max_lanes
+        self._budget = available_memory(self._layout.device) // 4 if memory_budget is None else memory_budget
+        self._programs: dict[Hashable, Linearized] = {}
+        self._requests: dict[Hashable, int] = {}
+        self._kept: dict[int, _Kept] = {}
+
+    def rows(self, rows: Tensor, batch: tuple[Any, ...], position: int, *, keep: bool) -> Tensor:
+        """Products with each row on one batch; ``keep`` says that the batch at this position stays the same object."""
+        leaves, spec = tree.flatten(batch)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        signature = _signature(leaves, spec)
+        if self._eager or signature is None:
+            return self._run_eagerly(rows, batch)
+
+        def function(*inputs: Tensor) -> Tensor:
+            given = iter(inputs[len(self._params) : -1])
+            whole = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            params = tree.unflatten(inputs[: len(self._params)], self._spec)
+            return self._eager_rows(inputs[-1], tree.unflatten(whole, spec), params)
+
+        primals = [*self._params, *tensors]
+        results = []
+        start = 0
+        while start < rows.shape[0]:
+            lanes = self._lanes(signature, rows.shape[0] - start)
+            piece = rows[start : start + lanes]
+            start += lanes
+            program = self._programs.get((signature, lanes))
+            if program is None:
+                program, result = self._trace(function, primals, piece)
+                if program is None:
+                    return self._run_eagerly(rows, batch)
+                self._programs[signature, lanes] = program
+            else:
+                result = program.apply(primals, self._residuals(program, primals, position, keep=keep), piece)
+            results.append(result)
+        return torch.cat(results) if len(results) > 1 else results[0]
+
+    def _lanes(self, signature: Hashable, wanted: int) -> int:
+        """How many rows to take together: a power of two that suits the size of the operations."""
+        single = self._programs.get((signature, 1))
+        if single is None or wanted == 1 or not self._vmappable:
+            return 1
+        limit = MAX_LANES if self._max_lanes is None else self._max_lanes
+        if self._max_lanes is None:
+            # Convolutions with a kernel per lane become grouped ones, which are slower than one after the other.
+            limit = 1 if single.convolves else min(limit, int(LANE_ELEMENTS / single.mean_elements) or 1)
+        lanes = 1 << (min(wanted, limit).bit_length() - 1)
+        # A program of its own pays when the size comes up again.
+        self._requests[signature, lanes] = self._requests.get((signature, lanes), 0) + 1
+        return lanes if self._requests[signature, lanes] > 1 else 1
+
+    def _trace(
+        self, function: Callable[..., Tensor], primals: list[Tensor], rows: Tensor
+    ) -> tuple[Linearized | None, Tensor]:
+        try:
+            program = Linearized(function, primals, rows, compile=self._compile)
+        except NotRecordableError as error:
+            self._give_up(str(error))
+            return None, rows
+        if program.random:
+            again = function(*primals, rows)
+            if not torch.equal(again, program.result):
+                raise ValueError(
+                    "the loss is not deterministic: two products with the same vector differ, and it draws random "
+                    f"numbers ({', '.join(sorted(set(program.random)))}). Call model.eval() if that is dropout, or fix "
+                    "the randomness inside the loss; a Hessian that changes between products has no eigenvalues."
+                )
+            self._give_up("the loss draws random numbers")
+            return None, rows
+        if bool(torch.isfinite(program.result).all()):
+            replayed = program.apply(primals, program.residuals(primals), rows)
+            difference = torch.linalg.vector_norm(replayed - program.result)
+            limit = 100 * torch.finfo(rows.dtype).eps ** 0.75 * torch.linalg.vector_norm(program.result)
+            if bool(difference > limit):
+                self._give_up("the replayed product differs from the eager one")
+                return None, rows
+        return program, program.result
+
+    def _give_up(self, reason: str) -> None:
+        self._eager = True
+        warnings.warn(
+            f"the product cannot be traced ({reason}); each one now repeats the whole loss and gradient, which is "
+            "slower and otherwise the same. hessian(..., linearize=False) does so without this warning.",
+            ProductWarning,
+            stacklevel=2,
+        )
+
+    def _residuals(self, program: Linearized, primals: list[Tensor], position: int, *, keep: bool) -> list[Tensor]:
+        kept = self._kept.get(position)
+        if kept is not None and kept.fits(program, primals):
+            return kept.residuals
+        residuals = program.residuals(primals)
+        if keep:
+            self._kept.pop(position, None)
+            fresh = _Kept(program, primals, residuals)
+            if fresh.bytes + sum(kept.bytes for kept in self._kept.values()) <= self._budget:
+                self._kept[position] = fresh
+        return residuals
+
+    def _run_eagerly(self, rows: Tensor, batch: tuple[Any, ...]) -> Tensor:
+        params = tree.unflatten(self._params, self._spec)
+        pieces = rows.split(self._max_lanes or MAX_LANES)
+        return torch.cat([self._eager_rows(piece, batch, params) for piece in pieces])
+
+    def _eager_rows(self, rows: Tensor, batch: tuple[Any, ...], params: Params) -> Tensor:
+        def single(row: Tensor) -> Tensor:
+            return self._layout.ravel(self._product(self._loss, params, self._layout.unravel(row), *batch))
+
+        if rows.shape[0] == 1 or not self._vmappable:
+            return torch.stack([single(row) for row in rows])
+        return torch.func.vmap(single, randomness="same")(rows)
+
+
+class _Kept:
+    """Residuals, and what they were computed from: held, so that an object's identity stays its own."""
+
+    def __init__(self, program: Linearized, primals: list[Tensor], residuals: list[Tensor]) -> None:
+        self.program = program
+        self.primals = primals
+        self.residuals = residuals
+        self.versions = _versions(program, primals)
+        # Told apart by the storage object: torch's zero tensors have no memory to point to.
+        known = {tensor.untyped_storage()._cdata for tensor in primals}
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in residuals}
+        self.bytes = sum(size for pointer, size in storages.items() if pointer not in known)
+
+    def fits(self, program: Linearized, primals: list[Tensor]) -> bool:
+        same = all(a is b for a, b in zip(self.primals, primals, strict=True))
+        return self.program is program and same and self.versions == _versions(program, primals)
+
+
+def available_memory(device: torch.device) -> int:
+    """Free memory of a device in bytes, or 1 GiB where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 1 << 30
+
+
+def _versions(program: Linearized, primals: list[Tensor]) -> list[int]:
+    # An inference tensor has no version counter, and no in-place changes either.
+    return [-1 if t.is_inference() else t._version for t in [*primals, *program.constants]]
+
+
+def _signature(leaves: list[Any], spec: Any) -> Hashable | None:
+    """What a traced program depends on besides the values of tensors; None if that cannot be compared."""
+    parts: list[Hashable] = [str(spec)]
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            parts.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+        elif isinstance(leaf, int | float | bool | str | type(None)):
+            parts.append((type(leaf), leaf))
+        else:
+            return None
+    return tuple(parts)

@@ -1,0 +1,316 @@
+"""Partial evaluation: the traced product is the eager one, on every batch, and nothing stale is ever used."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hessfunc as hf
+from hessfunc._linearize import Linearized
+from hessfunc._recorder import NotRecordableError, record
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def relative(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left - right).norm() / right.norm())
+
+
+def conv_net() -> nn.Module:
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, stride=2)]
+    return nn.Sequential(*layers, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(32, 4)).double()
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Embedding(11, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.layer(self.token(tokens))
+        hidden[:, 0] = 2 * hidden[:, 0]  # writes in place, into memory that depends on the parameters
+        return (hidden @ self.token.weight.T).transpose(1, 2)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(5, 6, batch_first=True)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cell(x)[0][:, -1])
+
+
+def images(num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(num, 3, 8, 8, dtype=torch.float64), torch.randint(0, 4, (num,))
+
+
+def cases() -> dict[str, tuple[nn.Module, object, object]]:
+    tokens = torch.randint(0, 11, (4, 6))
+    sequences = torch.randn(4, 7, 5, dtype=torch.float64)
+    return {
+        "convolutions": (conv_net().eval(), F.cross_entropy, images(12)),
+        "batch statistics": (conv_net().train(), F.cross_entropy, images(12)),
+        "ragged batches": (conv_net().eval(), F.cross_entropy, [images(5), images(5), images(3)]),
+        "attention, tied": (Attention().double().eval(), F.cross_entropy, (tokens, tokens)),
+        "recurrent": (Recurrent().double(), F.cross_entropy, (sequences, torch.randint(0, 4, (4,)))),
+        "mean squared error": (nn.Linear(5, 5).double(), F.mse_loss, (sequences, sequences.roll(1))),
+    }
+
+
+NAMES = ["convolutions", "batch statistics", "ragged batches", "attention, tied", "recurrent", "mean squared error"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_replayed_products_are_the_eager_ones(name):
+    model, criterion, data = cases()[name]
+    loss, params = hf.module_loss(model, criterion)
+    H = hf.hessian(loss, params, data)
+    eager = hf.hessian(loss, params, data, linearize=False)
+    vectors = torch.randn(5, H.size, dtype=H.dtype)
+    expected = eager.rows(vectors)
+    for _ in range(4):  # traced, replayed one by one, then in lanes
+        assert relative(H.rows(vectors), expected) < 1e-12
+    assert relative(torch.func.vmap(H.vector)(vectors), expected) < 1e-12
+
+
+@pytest.mark.parametrize("product", [hf.hvp, hf.hvp_reverse_over_forward, hf.hvp_double_backward])
+def test_every_product_can_be_traced(product):
+    model, criterion, data = cases()["convolutions"]
+    loss, params = hf.module_loss(model, criterion)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hf.ProductWarning)
+        H = hf.hessian(loss, params, data, product=product)
+        v = torch.randn(H.size, dtype=H.dtype)
+        H.vector(v)
+        assert relative(H.vector(v), hf.hessian(loss, params, data, linearize=False).vector(v)) < 1e-12
+
+
+def counting(loss):
+    calls = []
+
+    def counted(params, *batch):
+        calls.append(tuple(b.shape for b in batch))
+        return loss(params, *batch)
+
+    return counted, calls
+
+
+def test_one_trace_serves_all_batches_of_a_shape():
+    def loss(w, x):
+        return ((x @ w) ** 4).mean()
+
+    counted, calls = counting(loss)
+    batches = [(torch.randn(6, 3),) for _ in range(5)] + [(torch.randn(2, 3),)]
+    H = hf.hessian(counted, torch.randn(3), batches)
+    calls.clear()
+    for _ in range(4):
+        H.vector(torch.randn(3))
+    assert sorted(calls) == [((2, 3),), ((6, 3),)]
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(0, 2 * 3), (1 << 30, 0)])
+def test_primal_program_runs_once_per_batch_and_pass_or_never_again(monkeypatch, budget, expected):
+    params = torch.randn(3, dtype=torch.float64)
+    batches = [(torch.randn(6, 3, dtype=torch.float64),) for _ in range(3)]
+
+    def loss(w, x):
+        return ((x @ w) ** 4).mean()
+
+    H = hf.hessian(loss, params, batches, memory_budget=budget)
+    for _ in range(2):
+        H.vector(torch.randn(3, dtype=torch.float64))
+    counts = []
+    original = Linearized.residuals
+
+    def watched(self, primals):
+        counts.append(1)
+        return original(self, primals)
+
+    monkeypatch.setattr(Linearized, "residuals", watched)
+    for _ in range(2):
+        H.vector(torch.randn(3, dtype=torch.float64))
+    assert len(counts) == expected
+
+
+@pytest.mark.parametrize("changed", ["params", "data", "captured"])
+def test_residuals_kept_are_not_used_after_a_change_in_place(changed):
+    params = {"w": torch.randn(3, dtype=torch.float64)}
+    x = torch.randn(6, 3, dtype=torch.float64)
+    captured = torch.ones(3, dtype=torch.float64)
+
+    def loss(p, x):
+        return ((x @ (captured * p["w"])) ** 4).mean()
+
+    H = hf.hessian(loss, params, (x,))
+    v = torch.randn(3, dtype=torch.float64)
+    for _ in range(3):
+        before = H.vector(v)
+    {"params": params["w"], "data": x, "captured": captured}[changed].mul_(2)
+    after = H.vector(v)
+    assert relative(after, hf.hessian(loss, params, (x,), linearize=False).vector(v)) < 1e-12
+    assert relative(after, before) > 1
+
+
+def test_value_dependent_python_falls_back_loudly():
+    def loss(p, x):
+        value = (p * x).sum() ** 2
+        return value * 2 if value > 1 else value
+
+    p, x = torch.full((3,), 2.0), torch.ones(3)
+    H = hf.hessian(loss, p, (x,))
+    with pytest.warns(hf.ProductWarning, match="cannot be traced .the values of a tensor decide"):
+        assert torch.allclose(H.vector(torch.ones(3)), torch.full((3,), 12.0))
+    small = hf.hessian(loss, p / 100, (x,))
+    with pytest.warns(hf.ProductWarning, match="slower and otherwise the same"):
+        assert torch.allclose(small.vector(torch.ones(3)), torch.full((3,), 6.0))
+
+
+def test_random_loss_is_refused():
+    loss, params = hf.module_loss(nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 2)), F.mse_loss)
+    H = hf.hessian(loss, params, (torch.randn(8, 4), torch.randn(8, 2)))
+    with pytest.raises(ValueError, match=r"not deterministic.*model\.eval\(\)"):
+        H.vector(torch.randn(H.size))
+
+
+def test_randomness_fixed_inside_the_loss_is_accepted_eagerly():
+    def loss(p, x):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            mask = torch.rand(3) > 0.5
+        return ((p * x * mask) ** 4).sum()
+
+    H = hf.hessian(loss, torch.ones(3), (torch.ones(3),))
+    with pytest.warns(hf.ProductWarning, match="draws random numbers"):
+        first = H.vector(torch.ones(3))
+    assert torch.equal(first, H.vector(torch.ones(3)))
+
+
+def test_batches_with_what_cannot_be_compared_run_eagerly():
+    class Scale:
+        def __init__(self, factor):
+            self.factor = factor
+
+    def loss(p, x, scale):
+        return scale.factor * ((p * x) ** 2).sum() / 2
+
+    batches = [(torch.ones(3), Scale(1.0)), (torch.ones(3), Scale(3.0))]
+    H = hf.hessian(loss, torch.ones(3), batches, reduction="sum")
+    for _ in range(3):
+        assert torch.allclose(H.vector(torch.ones(3)), torch.full((3,), 4.0))
+
+
+def test_python_numbers_in_a_batch_are_part_of_what_is_traced():
+    def loss(p, x, factor):
+        return factor * ((p * x) ** 2).sum() / 2
+
+    H = hf.hessian(loss, torch.ones(3), [(torch.ones(3), 1.0), (torch.ones(3), 3.0)], reduction="sum")
+    for _ in range(3):
+        assert torch.allclose(H.vector(torch.ones(3)), torch.full((3,), 4.0))
+
+
+def test_lanes_follow_chunk_size():
+    sizes = []
+
+    def loss(w, x):
+        return ((x @ w) ** 4).mean()
+
+    H = hf.hessian(loss, torch.randn(3), (torch.randn(6, 3),), chunk_size=2)
+    vectors = torch.randn(7, 3)
+    expected = H.rows(vectors)
+    original = Linearized.apply
+
+    def watched(self, primals, residuals, tangent):
+        sizes.append(tangent.shape[0])
+        return original(self, primals, residuals, tangent)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Linearized, "apply", watched)
+        for _ in range(3):
+            sizes.clear()
+            assert torch.allclose(H.rows(vectors), expected, rtol=1e-4)
+    assert max(sizes) == 2
+    assert sum(sizes) == 7
+
+
+def test_recorder_refuses_writes_into_inputs():
+    def function(x, v):
+        x.add_(1)
+        return [x * v]
+
+    with pytest.raises(NotRecordableError, match="writes into a parameter, the batch or a captured tensor"):
+        Linearized(lambda x, v: function(x, v)[0], [torch.ones(2)], torch.ones(2))
+
+
+def test_memory_written_for_one_tangent_is_not_seen_by_the_next():
+    def function(x, v):
+        buffer = torch.zeros(3)
+        buffer[:2] += x
+        buffer[1:] += v
+        return buffer * 2
+
+    program = Linearized(function, [torch.tensor([1.0, 2.0])], torch.tensor([5.0, 7.0]))
+    primals = [torch.tensor([3.0, 4.0])]
+    residuals = program.residuals(primals)
+    for tangent in (torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0])):
+        assert torch.equal(program.apply(primals, residuals, tangent), function(*primals, tangent))
+
+
+def test_value_read_before_a_write_keeps_the_old_value():
+    def function(x, v):
+        state = x.clone()
+        first = state * v
+        state.mul_(10)
+        return first + state
+
+    program = Linearized(function, [torch.ones(2)], torch.ones(2))
+    primals = [torch.tensor([3.0, 4.0])]
+    residuals = program.residuals(primals)
+    for tangent in (torch.ones(2), 2 * torch.ones(2)):
+        assert torch.equal(program.apply(primals, residuals, tangent), function(*primals, tangent))
+
+
+def test_record_reports_what_it_saw():
+    captured = torch.full((2,), 3.0)
+    recording, results = record(lambda x: [x * captured], [torch.ones(2)])
+    assert torch.equal(results[0], captured)
+    assert next(iter(recording.constants.values())) is captured
+    assert len(recording.inputs) == len(recording.outputs) == 1
+    assert recording.elements == [2]
+    assert recording.random == []
+
+
+@pytest.mark.parametrize("kind", ["identity", "zero"])
+def test_results_have_memory_of_their_own(kind):
+    losses = {"identity": lambda p: p.square().sum() / 2, "zero": lambda p: p.sum()}
+    H = hf.hessian(losses[kind], torch.ones(3))
+    v = torch.ones(3)
+    expected = v.clone() if kind == "identity" else torch.zeros(3)
+    for _ in range(3):
+        result = H.vector(v)
+        assert torch.equal(result, expected)
+        result.add_(7)
+        assert torch.equal(v, torch.ones(3))
+
+
+@pytest.mark.slow
+def test_compiled_products_are_the_eager_ones():
+    model, criterion, data = cases()["convolutions"]
+    loss, params = hf.module_loss(model, criterion)
+    H = hf.hessian(loss, params, data, compile=True)
+    v = torch.randn(H.size, dtype=H.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hf.ProductWarning)
+        for _ in range(2):
+            assert relative(H.vector(v), hf.hessian(loss, params, data, linearize=False).vector(v)) < 1e-12
