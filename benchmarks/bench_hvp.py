@@ -3,7 +3,8 @@
 Claim: a product with the Hessian costs about two gradients once the primal pass is shared, on any of four kinds of
 network, and less per probe when several probes share it. Rivals: double backprop, with its graph kept alive for one
 batch (PyHessian) and afresh (PyHessian's data loader, hessian-eigenthings), torch.func's jvp of grad (curvlinops) and
-torch.func.linearize.
+torch.func.linearize. The three orders of differentiation are measured eagerly, and the two that can be traced also
+traced; the first of them also compiled.
 
 Every product is compared with double backprop in float64 before it is timed.
 
@@ -109,6 +110,18 @@ def operator(problem: models.Problem) -> Product:
     return hf.hessian(problem.loss, problem.params, problem.batch).rows
 
 
+def operator_reverse_over_forward(problem: models.Problem) -> Product:
+    """The library's operator with the other order of differentiation traced."""
+    product = hf.hvp_reverse_over_forward
+    return hf.hessian(problem.loss, problem.params, problem.batch, product=product).rows
+
+
+def operator_compiled(problem: models.Problem) -> Product:
+    """The library's operator with its tangent program compiled, one probe after the other."""
+    H = hf.hessian(problem.loss, problem.params, problem.batch, compile=True, chunk_size=1)
+    return H.rows
+
+
 def operator_over_list(problem: models.Problem) -> Product:
     """The library's operator on a list of batches."""
     return hf.hessian(problem.loss, problem.params, problem.batches).rows
@@ -122,9 +135,11 @@ METHODS: dict[str, Callable[[models.Problem], Product]] = {
     "hvp": forward_over_reverse,
     "hvp_reverse_over_forward": reverse_over_forward,
     "operator, one batch": operator,
+    "operator, reverse over forward": operator_reverse_over_forward,
+    "operator, compiled": operator_compiled,
     "operator, list of batches": operator_over_list,
 }
-SEQUENTIAL = ("double backprop, graph kept", "double backprop, afresh")
+SEQUENTIAL = ("double backprop, graph kept", "double backprop, afresh", "operator, compiled")
 """Their cost per probe does not depend on the number of probes."""
 
 
@@ -163,8 +178,8 @@ def time_model(name: str, options: harness.Settings) -> list[harness.Record]:
     records: list[harness.Record] = []
     counts = PROBES[:2] if options.quick else PROBES
     for method, build in METHODS.items():
-        if options.quick and build is linearized and name != "mlp-9k":
-            continue  # tracing alone takes many seconds
+        if options.quick and (build is operator_compiled or (build is linearized and name != "mlp-9k")):
+            continue  # tracing or compiling alone takes many seconds
         reference = on_first if _num_batches(method, options) == 1 else on_all
         product, failure = _attempt(build, problem)
         for num in PROBES[:1] if method in SEQUENTIAL else counts:

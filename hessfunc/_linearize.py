@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from hessfunc._reassociate import reassociate
 from hessfunc._recorder import NotRecordableError, Recording, record, select_result
 from hessfunc._simplify import simplify
 from hessfunc._typing import Tensor
@@ -41,6 +42,7 @@ class Linearized:
         self.convolves = any("convolution" in str(node.target) for node in _body(recording))
         self.constants = list(recording.constants.values())
         simplify(recording)
+        reassociate(recording)
         moving = _moving(recording)
         self._computes_result = recording.outputs[0] in moving
         residuals = _residuals(recording, moving)

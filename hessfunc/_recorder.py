@@ -33,6 +33,7 @@ class Recording:
         constants: tensors the function closes over, by attribute name.
         storage: an id for each node, shared by nodes that are views of the same memory.
         strides: memory layout of each node's tensor.
+        values: shape and dtype of each node's tensor.
         mutations: nodes that write into the memory with the id given.
         random: names of operations that draw random numbers.
         elements: number of entries in each operation's results, for an idea of their size.
@@ -44,6 +45,7 @@ class Recording:
     constants: dict[str, Tensor] = field(default_factory=dict)
     storage: dict[Node, int] = field(default_factory=dict)
     strides: dict[Node, tuple[int, ...]] = field(default_factory=dict)
+    values: dict[Node, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
     mutations: list[tuple[Node, int]] = field(default_factory=list)
     random: list[str] = field(default_factory=list)
     elements: list[int] = field(default_factory=list)
@@ -120,6 +122,7 @@ class _Recorder(TorchDispatchMode):
     def _remember(self, tensor: Tensor, node: Node, storage: int | None) -> None:
         self._nodes[tensor] = node
         self.recording.strides[node] = tensor.stride()
+        self.recording.values[node] = (tensor.shape, tensor.dtype)
         self.recording.storage[node] = len(self.recording.storage) if storage is None else storage
 
     def _remember_results(self, result: Any, node: Node, storage: int | None) -> None:
