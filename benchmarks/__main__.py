@@ -10,7 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("bench_hvp", "bench_eigsh", "bench_eigs", "bench_esd", "bench_trace_peers", "bench_scaling")
+NAMES = (
+    *("bench_hvp", "bench_options", "bench_eigsh", "bench_trace", "bench_density", "bench_eigs", "bench_esd"),
+    *("bench_trace_peers", "bench_scaling"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:

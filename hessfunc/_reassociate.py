@@ -10,6 +10,8 @@ import torch
 from torch.fx import Node
 
 from hessfunc._recorder import Recording
+from hessfunc._simplify import VIEWS, is_layout_free
+from hessfunc._zeros import zeros
 
 _aten, _prims = torch.ops.aten, torch.ops.prims
 
@@ -55,6 +57,8 @@ def reassociate(recording: Recording) -> None:
     Only rounding changes. A tree ends where a result is used more than once and where a factor would be larger than
     what it is made of, and is left alone unless fewer operations remain.
     """
+    if not is_layout_free(recording):
+        return  # results may lie in memory in another order than they did
     rewriter = _Rewriter(recording)
     for root in rewriter.roots():
         rewriter.rewrite(root)
@@ -69,12 +73,11 @@ class _Rewriter:
         self._last_write: dict[int, int] = {}
         for writer, storage in recording.mutations:
             self._last_write[storage] = max(self._position[writer], self._last_write.get(storage, 0))
-        strided = [node for node in self._graph.nodes if node.target is _aten.as_strided.default]
-        self._in_place = {recording.storage[node] for node in strided} | set(self._last_write)
         self._moving = {recording.inputs[-1]}
         for node in self._graph.nodes:
             if any(argument in self._moving for argument in node.all_input_nodes):
                 self._moving.add(node)
+        self._zeros = zeros(recording)
         self._made: dict[_Factor, Node] = {}
 
     def roots(self) -> list[Node]:
@@ -93,7 +96,8 @@ class _Rewriter:
             return node.target is _aten.neg.default and node in self._moving and self._plain(node)
         first, second = node.args[:2]
         if node.target in _ADD:
-            return all(isinstance(a, Node) and a in self._moving and self._alike(a, node) for a in (first, second))
+            added = [a for a in (first, second) if a not in self._zeros]
+            return all(isinstance(a, Node) and a in self._moving and self._alike(a, node) for a in added)
         if node.target in _MULTIPLY:
             return self._one_moves(first, second, node) or self._one_moves(second, first, node)
         if node.target in _DIVIDE:
@@ -115,10 +119,16 @@ class _Rewriter:
         whole = [term for term in terms if self._term_shape(term) == shape]
         if not whole:
             return
-        start = min(whole, key=lambda term: (not self._is_own_product(term, tree), term.factor is None))
+        # Best is the view of a product, which cannot be joined to what comes before it; then a product.
+        start = min(
+            whole,
+            key=lambda term: (
+                *(not self._is_own_memory(term, tree), self._is_own_product(term, tree), term.factor is None),
+            ),
+        )
         rest = [term for term in terms if term is not start]
         joined = [term for term in rest if self._is_own_product(term, tree) and self._shape(term.base) == shape]
-        own = self._is_own_product(start, tree) and start.scale == 1
+        own = self._is_own_memory(start, tree) and start.scale == 1
         needed = len(rest) - len(joined) + (start.factor is not None or start.scale != 1)
         if needed > len(tree) or (needed == len(tree) and not own):
             return
@@ -140,6 +150,7 @@ class _Rewriter:
         if node.target in _ADD:
             sign = _ADD[node.target] * keywords.get("alpha", 1)
             branches = [(first, factor, scale), (second, factor, scale * sign)]
+            branches = [branch for branch in branches if branch[0] not in self._zeros]
         elif node.target is _aten.neg.default:
             branches = [(first, factor, -scale)]
         elif node.target in _ACTIVATION:
@@ -224,9 +235,6 @@ class _Rewriter:
     def _replace(self, root: Node, result: Node, tree: set[Node]) -> None:
         recording = self._recording
         storage = recording.storage[root]
-        for node in self._graph.nodes:  # the result may lie in memory in another order than it did
-            if node.target is _aten.view.default and recording.storage.get(node) == storage:
-                node.target = _aten.reshape.default
         root.replace_all_uses_with(result)
         recording.outputs = [result if output is root else output for output in recording.outputs]
         recording.storage[result] = storage
@@ -250,6 +258,15 @@ class _Rewriter:
         alone = len(base.users) == 1 and next(iter(base.users)) in tree and base not in self._outputs
         return base.target in _PRODUCT and alone and term.factor is None and all(map(self._plain, self._with(base)))
 
+    def _is_own_memory(self, term: _Term, tree: set[Node]) -> bool:
+        """Whether the base is a product for this tree alone, or a view of one."""
+        base = term.base
+        if base.target not in VIEWS or term.factor is not None or not self._plain(base):
+            return self._is_own_product(term, tree)
+        (source, *_) = base.all_input_nodes
+        alone = all(len(node.users) == 1 and node not in self._outputs for node in (base, source))
+        return alone and next(iter(base.users)) in tree and source.target in _PRODUCT
+
     @staticmethod
     def _with(node: Node) -> list[Node]:
         return [node, *node.all_input_nodes]
@@ -264,14 +281,18 @@ class _Rewriter:
     def _plain(self, node: Node) -> bool:
         """Whether memory is only ever written to by the operation itself, and values are floating-point numbers."""
         known = self._recording.values.get(node)
-        return known is not None and known[1].is_floating_point and self._recording.storage[node] not in self._in_place
+        return (
+            known is not None
+            and known.dtype.is_floating_point
+            and self._recording.storage[node] not in self._last_write
+        )
 
     def _alike(self, node: Node, other: Node) -> bool:
         values = self._recording.values
-        return node in values and values[node][1] == values[other][1]
+        return node in values and values[node].dtype == values[other].dtype
 
     def _shape(self, factor: Any) -> torch.Size:
-        return self._recording.values[factor][0] if isinstance(factor, Node) else factor.shape
+        return self._recording.values[factor].shape if isinstance(factor, Node) else factor.shape
 
     def _term_shape(self, term: _Term) -> torch.Size:
         shape = self._shape(term.base)

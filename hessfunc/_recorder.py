@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
@@ -22,6 +22,15 @@ class NotRecordableError(Exception):
     """The function does something that a graph cannot repeat for other inputs."""
 
 
+class Value(NamedTuple):
+    """What a tensor looks like."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass
 class Recording:
     """A straight-line program.
@@ -32,8 +41,7 @@ class Recording:
         outputs: one node per output tensor.
         constants: tensors the function closes over, by attribute name.
         storage: an id for each node, shared by nodes that are views of the same memory.
-        strides: memory layout of each node's tensor.
-        values: shape and dtype of each node's tensor.
+        values: what each node's tensor looks like.
         mutations: nodes that write into the memory with the id given.
         random: names of operations that draw random numbers.
         elements: number of entries in each operation's results, for an idea of their size.
@@ -44,8 +52,7 @@ class Recording:
     outputs: list[Node] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
     storage: dict[Node, int] = field(default_factory=dict)
-    strides: dict[Node, tuple[int, ...]] = field(default_factory=dict)
-    values: dict[Node, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+    values: dict[Node, Value] = field(default_factory=dict)
     mutations: list[tuple[Node, int]] = field(default_factory=list)
     random: list[str] = field(default_factory=list)
     elements: list[int] = field(default_factory=list)
@@ -121,8 +128,7 @@ class _Recorder(TorchDispatchMode):
 
     def _remember(self, tensor: Tensor, node: Node, storage: int | None) -> None:
         self._nodes[tensor] = node
-        self.recording.strides[node] = tensor.stride()
-        self.recording.values[node] = (tensor.shape, tensor.dtype)
+        self.recording.values[node] = Value(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         self.recording.storage[node] = len(self.recording.storage) if storage is None else storage
 
     def _remember_results(self, result: Any, node: Node, storage: int | None) -> None:

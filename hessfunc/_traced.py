@@ -19,8 +19,9 @@ Product = Callable[..., Params]
 """``product(loss, params, v, *batch)``: a curvature product such as [`hvp`][hessfunc.hvp]."""
 
 MAX_LANES = 8
-LANE_ELEMENTS = 1 << 20
-"""Lanes of one operation hold about this many numbers at most: beyond that batching saves no overhead any more."""
+LANE_ELEMENTS, CPU_LANE_ELEMENTS = 1 << 20, 1 << 18
+"""Lanes of one operation hold about this many numbers at most: beyond that batching saves no overhead any more, and on
+the CPU what does not fit into the cache costs more than it saves."""
 
 
 class TracedProduct:
@@ -96,7 +97,8 @@ class TracedProduct:
         limit = MAX_LANES if self._max_lanes is None else self._max_lanes
         if self._max_lanes is None:
             # Convolutions with a kernel per lane become grouped ones, which are slower than one after the other.
-            limit = 1 if single.convolves else min(limit, int(LANE_ELEMENTS / single.mean_elements) or 1)
+            elements = CPU_LANE_ELEMENTS if self._layout.device.type == "cpu" else LANE_ELEMENTS
+            limit = 1 if single.convolves else min(limit, int(elements / single.mean_elements) or 1)
         lanes = 1 << (min(wanted, limit).bit_length() - 1)
         # A program of its own pays when the size comes up again.
         self._requests[signature, lanes] = self._requests.get((signature, lanes), 0) + 1
@@ -123,10 +125,11 @@ class TracedProduct:
         if bool(torch.isfinite(program.result).all()):
             replayed = program.apply(primals, program.residuals(primals), rows)
             difference = torch.linalg.vector_norm(replayed - program.result)
-            limit = 100 * torch.finfo(rows.dtype).eps ** 0.75 * torch.linalg.vector_norm(program.result)
-            if bool(difference > limit):
+            eps = max(torch.finfo(dtype).eps for dtype in self._layout.dtypes)
+            if bool(difference > min(100 * eps**0.75, 0.1) * torch.linalg.vector_norm(program.result)):
                 self._give_up("the replayed product differs from the eager one")
                 return None, rows
+            return program, replayed  # as all products after it
         return program, program.result
 
     def _give_up(self, reason: str) -> None:

@@ -187,6 +187,14 @@ def test_peer_benchmarks(run, name, capsys):
     assert len(records) > len(ours) or capsys.readouterr().out.count("not installed") == 4
 
 
+def test_options_benchmark(run):
+    records = run("bench_options", "--models", "mlp-9k")
+    assert [record["option"] for record in records] == ["as it is", "bfloat16"]
+    assert records[0]["error"] < 1e-5 < records[1]["error"] < 0.1
+    assert abs(records[0]["trace bias"]) < 1e-5
+    assert all(record["gradients"]["median"] > 0 for record in records)
+
+
 def test_scaling_benchmark(run, tmp_path):
     records = run("bench_scaling", "--models", "mlp-9k", "--axes", "parameters", "batches")
     assert {record["axis"] for record in records} == {"parameters", "batches"}
@@ -200,4 +208,4 @@ def test_scaling_benchmark(run, tmp_path):
 def test_every_benchmark_in_one_command(tmp_path):
     command = [sys.executable, str(FOLDER), "--quick", "--threads", "1", "--out", str(tmp_path)]
     assert subprocess.run(command, check=False).returncode == 0
-    assert len(list(tmp_path.glob("*.json"))) == 6
+    assert len(list(tmp_path.glob("*.json"))) == 9

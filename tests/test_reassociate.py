@@ -52,6 +52,7 @@ CASES = {
     "no larger factors": (lambda t: (t[:, :1] * A[:1]) * B[:, :1], 3, 3),
     "broadcast bases": (lambda t: (t - t.mean(1, keepdim=True)) * A * B, 4, 3),
     "views follow": (lambda t: ((t.t() * A.t() + t.flip(0).t()) * B.t()).t().contiguous().view(-1) * 2, 9, 8),
+    "zeros": (lambda t: (torch.zeros_like(t) @ M + t @ M) * A + torch.zeros_like(t), 6, 3),
     "the tangent itself": (lambda t: t * 1.0 + 2.0 * t, 3, 1),
 }
 
