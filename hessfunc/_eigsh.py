@@ -141,7 +141,7 @@ class _Goal:
         order = self.order(basis)[: self.k]
         # A little below the tolerance, so that rounding does not undo it in the residuals computed at the end.
         return order[
-            basis.residuals[order] > 0.9 * tolerances(basis.ritz_values[order], basis.scale, self.tol, basis.dtype)
+            basis.residuals[order] > 0.98 * tolerances(basis.ritz_values[order], basis.scale, self.tol, basis.dtype)
         ]
 
 
