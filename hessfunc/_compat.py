@@ -160,6 +160,13 @@ def differentiated_outside(inputs: Sequence[Tensor]) -> bool:
     return _num_derivatives() > 0 or any(map(is_tracked, inputs))
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether no transform, no tape and no compiler looks at what is computed from this tensor."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return _functorch.peek_interpreter_stack() is None and not (tensor.requires_grad and torch.is_grad_enabled())
+
+
 def is_tracked(tensor: Tensor) -> bool:
     """Whether reverse mode, at any level outside, records what is computed from this tensor."""
     if torch.compiler.is_compiling():

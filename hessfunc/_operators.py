@@ -11,6 +11,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from hessfunc import tree
 from hessfunc._checks import check_count, check_like, check_params
+from hessfunc._compat import is_plain
 from hessfunc._typing import Matvec, Params, Tensor
 
 Rows = Callable[[Tensor], Tensor]
@@ -64,12 +65,12 @@ class Operator:
     def vector(self, vector: Tensor) -> Tensor:
         """``H v`` on a flat vector of shape ``(size,)`` and dtype ``H.dtype``."""
         self._check_flat(vector, dims=1)
-        return _Product.apply(vector, self._rows)
+        return _applied(vector, self._rows)
 
     def rows(self, rows: Tensor) -> Tensor:
         """``H v`` for each row of an array of shape ``(K, size)`` and dtype ``H.dtype``."""
         self._check_flat(rows, dims=2)
-        return _Product.apply(rows, self._rows)
+        return _applied(rows, self._rows)
 
     def dense(self, *, chunk_size: int = 64) -> Tensor:
         """The matrix itself, shape ``(size, size)``: ``size`` products and ``size**2`` numbers."""
@@ -165,6 +166,11 @@ def as_operator(matvec: Matvec | Tensor, like: Params | None = None) -> Operator
         return layout.ravel_rows(torch.func.vmap(function)(layout.unravel_rows(rows)))
 
     return Operator(like, rows)
+
+
+def _applied(array: Tensor, rows: Rows) -> Tensor:
+    # The rules for transforms take longer to look up than a small network's product takes.
+    return _Product.forward(array, rows) if is_plain(array) else _Product.apply(array, rows)
 
 
 class _Product(torch.autograd.Function):

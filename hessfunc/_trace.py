@@ -44,8 +44,8 @@ def hutchinson(
     Which method: if eigenpairs are at hand, or wanted anyway, this one with ``deflate``; if not,
     [`deflated`][hessfunc.deflated], which finds a subspace of its own, or [`xnystrace`][hessfunc.xnystrace] for a
     Gauss-Newton or Fisher matrix. On trained networks these took 9, 24 and 27 products to 5 % of the trace with 95 %
-    confidence where plain probes took 318 to 410 (``benchmarks/bench_trace.py``). Plain probes win on flat spectra, such
-    as that of a network before training, and hold no vectors. [`hutchpp`][hessfunc.hutchpp] and
+    confidence where plain probes took 318 to 410 (``benchmarks/bench_trace.py``). Plain probes win on flat spectra,
+    such as that of a network before training, and hold no vectors. [`hutchpp`][hessfunc.hutchpp] and
     [`xtrace`][hessfunc.xtrace] come in between, and pay from about 50 products on.
 
     Give either ``num_probes``, or ``rtol`` and/or ``atol``: then batches of probes follow until the confidence
