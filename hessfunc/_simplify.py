@@ -29,9 +29,10 @@ def simplify(recording: Recording) -> None:
     is), and its rules for normalizations repeat subexpressions. Memory that is written to otherwise is
     left alone.
     """
-    if is_layout_free(recording):
+    layout_free = is_layout_free(recording)
+    _drop_tangent_copies(recording, layout_free)
+    if layout_free:
         _take_views_by_shape(recording)
-    _drop_tangent_copies(recording)
     written = {storage for _, storage in recording.mutations}
     seen: dict[Hashable, Node] = {}
     for node in list(recording.graph.nodes):
@@ -97,8 +98,7 @@ def _same(recording: Recording, node: Node) -> Node | None:
     return arguments[0] if unchanged else None
 
 
-def _drop_tangent_copies(recording: Recording) -> None:
-    layout_free = is_layout_free(recording)
+def _drop_tangent_copies(recording: Recording, layout_free: bool) -> None:
     for copy in [node for node, _ in recording.mutations if node.target is _aten.copy_.default]:
         target, source = copy.args[:2]
         if not isinstance(target, Node) or not isinstance(source, Node):
