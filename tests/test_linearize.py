@@ -314,3 +314,20 @@ def test_compiled_products_are_the_eager_ones():
         warnings.simplefilter("error", hf.ProductWarning)
         for _ in range(2):
             assert relative(H.vector(v), hf.hessian(loss, params, data, linearize=False).vector(v)) < 1e-12
+
+
+def test_a_vector_without_curvature_is_no_reason_to_give_up():
+    """The bias before a normalization: its product is rounding error, which replaying rounds otherwise."""
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    params = {"bias": torch.zeros(4, dtype=torch.float64), "weight": torch.eye(4, dtype=torch.float64)}
+
+    def loss(p):
+        hidden = x @ p["weight"] + p["bias"]
+        hidden = (hidden - hidden.mean(0)) / hidden.std(0)
+        return torch.nn.functional.gelu(hidden).pow(3).mean()
+
+    H = hf.hessian(loss, params)
+    flat = torch.cat([torch.ones(4), torch.zeros(16)]).double()
+    assert float(H.vector(flat).norm()) < 1e-14  # the first product, so the one that is traced
+    assert float(H.vector(flat).norm()) < 1e-14
+    assert float(H.vector(torch.ones(20).double()).norm()) > 1e-3
