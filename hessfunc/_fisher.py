@@ -10,7 +10,7 @@ import torch
 from hessfunc import tree
 from hessfunc._batched import over_batches
 from hessfunc._checks import check_choice, check_count, check_generator, check_like, check_params
-from hessfunc._compat import REVERSE_OVER_REVERSE, rerouted
+from hessfunc._compat import evaluated
 from hessfunc._data import Batches
 from hessfunc._gauss_newton import Criterion, ModelFn, composed, push_and_pull, split_batch
 from hessfunc._likelihood import Observed, observe
@@ -146,7 +146,7 @@ def fisher(
     loss = composed(model_fn, criterion)
 
     def checked(params: Params, *batch: Any) -> Tensor:
-        given = _observed(model_fn, criterion, params, batch).options["reduction"]
+        given = observed(model_fn, criterion, params, batch).options["reduction"]
         if given != reduction:
             raise ValueError(
                 f"reduction={reduction!r}, but the criterion reduces over its batch by {given!r}; pass that one."
@@ -229,7 +229,8 @@ def _product(
     return push_and_pull(likelihood, params, v, second_moment)
 
 
-def _observed(model_fn: ModelFn, criterion: Criterion, params: Params, batch: tuple[Any, ...]) -> Observed:
+def observed(model_fn: ModelFn, criterion: Criterion, params: Params, batch: tuple[Any, ...]) -> Observed:
+    """The likelihood at the end of ``criterion`` for one batch."""
     inputs, target = split_batch(batch)
     return observe(criterion, model_fn(params, *inputs), target)
 
@@ -240,7 +241,8 @@ class _Samples:
     def __init__(
         self, model_fn: ModelFn, criterion: Criterion, params: Params, num_samples: int, generator: torch.Generator
     ) -> None:
-        self._observed = rerouted(lambda *batch: _observed(model_fn, criterion, params, batch), REVERSE_OVER_REVERSE)
+        self._params = params
+        self._observed = lambda params, *batch: observed(model_fn, criterion, params, batch)
         self._num_samples = num_samples
         self._generator = generator
         self._drawn: list[list[Tensor]] = []
@@ -251,7 +253,7 @@ class _Samples:
     def draw(self, batches: Batches) -> None:
         self._stable = batches.stable
         for batch, _ in batches:
-            seen = self._observed(*batch)
+            seen = evaluated(self._observed, self._params, *batch)
             self._drawn.append([seen.family.sample(seen, self._generator) for _ in range(self._num_samples)])
             self._prints.append(self._fingerprint(batch))
 

@@ -26,6 +26,8 @@ LANE_ELEMENTS = 1 << 20
 class TracedProduct:
     """``product`` at fixed parameters, on flat rows, through its primal and tangent programs.
 
+    Its vectors and results lie as ``domain`` and ``image`` say, by default as the parameters.
+
     The first product on a batch of a new shape runs eagerly and is recorded; later ones replay the tangent program
     on residuals that one evaluation of the primal program per batch provides. Residuals of batches that stay the same
     objects are kept from pass to pass up to a budget. What cannot be recorded runs eagerly, after a ``ProductWarning``.
@@ -42,10 +44,14 @@ class TracedProduct:
         max_lanes: int | None,
         memory_budget: int | None,
         compile: bool,
+        domain: tree.Layout | None = None,
+        image: tree.Layout | None = None,
     ) -> None:
         self._product = product
         self._loss = loss
         self._layout = tree.Layout.of(params)
+        self._domain = domain or self._layout
+        self._image = image or self._layout
         self._params, self._spec = tree.flatten(params)
         self._vmappable = vmappable
         self._eager = not linearize
@@ -157,7 +163,7 @@ class TracedProduct:
 
     def _eager_rows(self, rows: Tensor, batch: tuple[Any, ...], params: Params) -> Tensor:
         def single(row: Tensor) -> Tensor:
-            return self._layout.ravel(self._product(self._loss, params, self._layout.unravel(row), *batch))
+            return self._image.ravel(self._product(self._loss, params, self._domain.unravel(row), *batch))
 
         if rows.shape[0] == 1 or not self._vmappable:
             return torch.stack([single(row) for row in rows])

@@ -50,6 +50,44 @@ def test_the_other_products_give_the_same_operator(product, name, generator):
     assert relative_error(rows, H.layout.ravel_rows(vectors) @ dense_hessian(name)) < 1e-10
 
 
+def test_losses_that_take_derivatives_themselves(generator):
+    x = torch.randn(5, 3, generator=generator, dtype=F64)
+    w = torch.randn(3, generator=generator, dtype=F64)
+
+    def energy(z, w):
+        return torch.tanh(z @ w).pow(3).sum()
+
+    def by_hand(w, x):
+        t = torch.tanh(x @ w)
+        return ((3 * t**2 * (1 - t**2))[:, None] * w).square().sum()
+
+    def by_transform(w, x):
+        return torch.func.grad(energy)(x, w).square().sum()
+
+    def by_tape(w, x):
+        z = x.clone().requires_grad_()
+        return torch.autograd.grad(energy(z, w), z, create_graph=True)[0].square().sum()
+
+    def by_tape_of_activations(w, x):
+        z = x @ w
+        slopes = torch.autograd.grad(torch.tanh(z).pow(3).sum(), z, create_graph=True)[0]
+        return (slopes[:, None] * w).square().sum()
+
+    reference = hf.hessian(by_hand, w, (x,)).dense()
+    for loss, product in (
+        (by_transform, hf.hvp),
+        (by_transform, hf.hvp_double_backward),
+        (by_tape, hf.hvp_double_backward),
+        (by_tape_of_activations, hf.hvp_double_backward),
+    ):
+        H = hf.hessian(loss, w, [(x[:2],), (x[2:],)], reduction="sum", product=product)
+        assert relative_error(H.dense(), reference) < 1e-10
+    with pytest.raises(NotImplementedError, match=r"for an operator, product=hessfunc\.hvp_double_backward"):
+        hf.hessian(by_tape, w, (x,))(w)
+    step, rise = hf.sam_ascent(by_transform, w, x, rho=0.01)
+    assert float(rise) == pytest.approx(float(by_hand(w + step, x) - by_hand(w, x)), rel=1e-10)
+
+
 def test_attributes():
     H = hf.as_operator(A, like=LIKE)
     assert (H.size, H.dtype, H.device) == (6, F64, torch.device("cpu"))
