@@ -20,6 +20,8 @@ from hessfunc._fisher import fishervp as fishervp
 from hessfunc._gauss_newton import ggn as ggn
 from hessfunc._gauss_newton import ggnvp as ggnvp
 from hessfunc._hessian import hessian as hessian
+from hessfunc._hierarchy import Hierarchy as Hierarchy
+from hessfunc._hierarchy import ggn_hierarchy as ggn_hierarchy
 from hessfunc._krylov import Krylov as Krylov
 from hessfunc._krylov import krylov as krylov
 from hessfunc._lanczos import Tridiagonal as Tridiagonal

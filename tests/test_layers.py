@@ -21,7 +21,7 @@ LAYERS = {
     "torch put right": ["_decompositions", "_compat", "_recorder", "_simplify", "_linearize"],
     "products and operators": [
         *("_products", "_traced", "_module", "_restrict", "_data", "_operators", "_batched", "_hessian"),
-        *("_likelihood", "_gauss_newton", "_fisher"),
+        *("_likelihood", "_gauss_newton", "_fisher", "_positions", "_hierarchy"),
     ],
     "kernels": ["_lanczos", "_power"],
     "estimators": [
