@@ -57,6 +57,11 @@ from hessfunc._sketch_trace import xnystrace as xnystrace
 from hessfunc._sketch_trace import xtrace as xtrace
 from hessfunc._slq import slq as slq
 from hessfunc._trace import hutchinson as hutchinson
+from hessfunc._track import TrackState as TrackState
+from hessfunc._track import track as track
+from hessfunc._track import track_step as track_step
+from hessfunc._trajectory import TrackRecord as TrackRecord
+from hessfunc._trajectory import Trajectory as Trajectory
 from hessfunc.report import Report as Report
 from hessfunc.report import load_report as load_report
 from hessfunc.surface import Surface as Surface

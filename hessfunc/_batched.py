@@ -13,7 +13,7 @@ from hessfunc._checks import check_count, check_finite, check_loss_value, check_
 from hessfunc._compat import evaluated
 from hessfunc._data import Batches
 from hessfunc._operators import Operator, Rows
-from hessfunc._traced import Product, TracedProduct
+from hessfunc._traced import Product, Programs, TracedProduct
 from hessfunc._typing import Batch, Loss, Params, Tensor
 
 
@@ -51,23 +51,29 @@ def over_batches(
         extend: ``extend(position, batch)`` gives the arguments of the product from those of the loss; it must return
             the same objects in every pass where the batch is the same object.
     """
-    params, batches = checked_point(
-        loss, params, data, reduction=reduction, count=count, chunk_size=chunk_size, memory_budget=memory_budget
-    )
-    rows = summed(
-        product,
-        loss,
-        params,
-        batches,
-        name=name,
-        chunk_size=chunk_size,
-        linearize=linearize,
-        memory_budget=memory_budget,
-        compile=compile,
-        vmappable=vmappable,
-        extend=extend,
-    )
-    return Operator(params, rows)
+    programs = Programs(eager=not linearize)
+
+    def at(point: Params) -> Operator:
+        params, batches = checked_point(
+            loss, point, data, reduction=reduction, count=count, chunk_size=chunk_size, memory_budget=memory_budget
+        )
+        rows = summed(
+            product,
+            loss,
+            params,
+            batches,
+            name=name,
+            programs=programs,
+            chunk_size=chunk_size,
+            memory_budget=memory_budget,
+            compile=compile,
+            vmappable=vmappable,
+            extend=extend,
+        )
+        # What extends the batches may depend on the point, as sampled targets do.
+        return Operator(params, rows, move=at if extend is None else None)
+
+    return at(params)
 
 
 def checked_point(
@@ -104,8 +110,8 @@ def summed(
     batches: Batches,
     *,
     name: str,
+    programs: Programs,
     chunk_size: int | None,
-    linearize: bool,
     memory_budget: int | None,
     compile: bool = False,
     vmappable: bool = True,
@@ -122,8 +128,8 @@ def summed(
         product,
         loss,
         params,
+        programs=programs,
         vmappable=vmappable,
-        linearize=linearize,
         max_lanes=chunk_size,
         memory_budget=memory_budget,
         compile=compile,

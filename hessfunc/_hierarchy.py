@@ -17,7 +17,7 @@ from hessfunc._gauss_newton import Criterion, ModelFn, composed, pull, push, pus
 from hessfunc._likelihood import Categorical, Observed, observe
 from hessfunc._operators import Operator, Rows
 from hessfunc._positions import Positions
-from hessfunc._traced import available_memory
+from hessfunc._traced import Programs, available_memory
 from hessfunc._typing import Batch, Loss, Params, Tensor
 
 
@@ -154,8 +154,8 @@ def ggn_hierarchy(
             params,
             batches,
             name="Gauss-Newton product",
+            programs=Programs(eager=not linearize),
             chunk_size=chunk_size,
-            linearize=linearize,
             memory_budget=budget // 4,  # four programs keep residuals
             **layouts,
         )
