@@ -105,7 +105,12 @@ def fisher(
     """The Fisher matrix at ``params`` over all of ``data``, as a matvec.
 
     Kinds, formula and what counts as an observation are those of [`fishervp`][hessfunc.fishervp]; weighting of
-    batches and the options not named here those of [`hessian`][hessfunc.hessian]. With ``kind="mc"`` the targets are
+    batches and the options not named here those of [`hessian`][hessfunc.hessian].
+
+    Which kind: ``"type2"`` is the Gauss-Newton matrix ([`ggn`][hessfunc.ggn]) and needs no targets. ``"mc"`` is its
+    unbiased estimate by gradients of samples, for comparison with methods that use such (K-FAC among them); it saves
+    nothing here. ``"empirical"`` is the second moment of the gradients, for their noise; as curvature it misleads away
+    from a good fit. With ``kind="mc"`` the targets are
     drawn once, in a pass over the data when the operator is built, so that all products are with one matrix; they
     take as much memory as ``num_samples`` times the targets, and the data must come in the same order in each pass.
 

@@ -99,10 +99,14 @@ def ggn(
     """The generalized Gauss-Newton matrix at ``params`` over all of ``data``, as a matvec.
 
     The same interface, weighting of batches and cost per pass as [`hessian`][hessfunc.hessian], which explains the
-    options; the formula is that of [`ggnvp`][hessfunc.ggnvp]. Prefer it to the Hessian where a positive semi-definite
-    matrix is needed (log-determinants, effective dimension, natural gradients). ``hessian(...) - ggn(...)`` is the
-    residual part, which vanishes where the model fits its targets. In a piecewise-linear network with BatchNorm in
-    eval mode the diagonal blocks of both agree for each parameter tensor, and with them the traces.
+    options; the formula is that of [`ggnvp`][hessfunc.ggnvp].
+
+    Prefer it to the Hessian where a positive semi-definite matrix is needed (log-determinants, effective dimension,
+    natural gradients), where its lower cost counts, or where the outliers of a classifier are to be explained
+    ([`ggn_hierarchy`][hessfunc.ggn_hierarchy]). For cross-entropy, squared error and logistic loss it is the Fisher
+    matrix ``fisher(..., kind="type2")``; it takes any other criterion too. ``hessian(...) - ggn(...)`` is the residual
+    part, which vanishes where the model fits its targets. In a piecewise-linear network with BatchNorm in eval mode
+    the diagonal blocks of both agree for each parameter tensor, and with them the traces.
 
     Args:
         model_fn: ``model_fn(params, *inputs) -> outputs``.

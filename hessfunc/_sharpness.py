@@ -127,6 +127,12 @@ def stable_rank(H: Operator, *, num_probes: int = 32, tol: float = 1e-3, generat
 
     Cost: ``num_probes`` matvecs and those of [`eigsh`][hessfunc.eigsh].
 
+    Args:
+        H: symmetric operator.
+        num_probes: probes for the Frobenius norm.
+        tol: tolerance of the eigenvalue of largest magnitude, as in ``eigsh``.
+        generator: draws start vector and probes.
+
     Raises:
         ValueError: an option is out of range, or ``H`` is zero, which has no stable rank.
 
@@ -180,6 +186,13 @@ def condition_number(H: Operator, *, tol: float = 1e-3, generator: torch.Generat
 
     Formula: ``lambda_max / lambda_min``, from both ends of the spectrum by [`eigsh`][hessfunc.eigsh]. The small end
     converges slowly if the ratio is large: from inside the spectrum, so that the result is a lower bound.
+
+    Cost: the matvecs of ``eigsh``.
+
+    Args:
+        H: symmetric operator.
+        tol: tolerance of both eigenvalues, as in ``eigsh``.
+        generator: draws the start vector.
 
     Raises:
         ValueError: the smallest eigenvalue found is not above 0.
