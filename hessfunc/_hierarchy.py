@@ -90,10 +90,12 @@ def ggn_hierarchy(
       ``G_within = sum_{i, c' != c} w_{i,c'} (g_{i,c'} - g_{c,c'}) (g_{i,c'} - g_{c,c'})^T``, and what is left over,
       ``G_label = sum_i w_{i,c} g_{i,c} g_{i,c}^T`` for c the label of i, small where the network fits its labels.
 
-    In a trained network ``G_class`` carries the outliers of the spectrum, one for each class, and ``G_within`` the
-    bulk. No more than C eigenvalues of ``G - G_label`` exceed the largest of ``G_cross + G_within``, since
-    ``G_class`` has rank C (Weyl's inequality); this is a count of outliers without a threshold. The means of the label
-    gradients add no direction: ``w_{c,c} g_{c,c} = -w_c g_c``, as ``sum_{c'} p_{i,c'} (p_i - e_{c'}) = 0``.
+    In a trained network ``G_class`` carries the outliers of the spectrum and ``G_within`` the bulk. Measured: exactly C
+    outliers for 2 to 6 well-separated clusters; on scikit-learn's digits ``C - 1`` eigenvectors along the class means,
+    the last eigenvalue of ``G_class`` being small, with no sharp edge below them. At most C eigenvalues of
+    ``G - G_label`` exceed the largest of ``G_cross + G_within``, since ``G_class`` has rank C (Weyl's inequality): a
+    count of outliers without a threshold. The means of the label gradients add no direction,
+    ``w_{c,c} g_{c,c} = -w_c g_c``, as ``sum_{c'} p_{i,c'} (p_i - e_{c'}) = 0``.
 
     The criterion must be ``F.cross_entropy`` as [`fishervp`][hessfunc.fishervp] explains, so each position of a
     sequence is a sample of its own and the class is that of its target. Neither a gradient nor a mean is stored: means
