@@ -20,6 +20,8 @@ from hessfunc._fisher import fishervp as fishervp
 from hessfunc._gauss_newton import ggn as ggn
 from hessfunc._gauss_newton import ggnvp as ggnvp
 from hessfunc._hessian import hessian as hessian
+from hessfunc._hierarchy import Hierarchy as Hierarchy
+from hessfunc._hierarchy import ggn_hierarchy as ggn_hierarchy
 from hessfunc._krylov import Krylov as Krylov
 from hessfunc._krylov import krylov as krylov
 from hessfunc._lanczos import Tridiagonal as Tridiagonal
@@ -55,6 +57,11 @@ from hessfunc._sketch_trace import xnystrace as xnystrace
 from hessfunc._sketch_trace import xtrace as xtrace
 from hessfunc._slq import slq as slq
 from hessfunc._trace import hutchinson as hutchinson
+from hessfunc._track import TrackState as TrackState
+from hessfunc._track import track as track
+from hessfunc._track import track_step as track_step
+from hessfunc._trajectory import TrackRecord as TrackRecord
+from hessfunc._trajectory import Trajectory as Trajectory
 from hessfunc.report import Report as Report
 from hessfunc.report import load_report as load_report
 from hessfunc.surface import Surface as Surface

@@ -10,10 +10,10 @@ from torch._C import _functorch
 
 from hessfunc import tree
 from hessfunc._checks import check_count, check_finite, check_loss_value, check_params
-from hessfunc._compat import REVERSE_OVER_REVERSE, rerouted
+from hessfunc._compat import evaluated
 from hessfunc._data import Batches
-from hessfunc._operators import Operator
-from hessfunc._traced import Product, TracedProduct
+from hessfunc._operators import Operator, Rows
+from hessfunc._traced import Product, Programs, TracedProduct
 from hessfunc._typing import Batch, Loss, Params, Tensor
 
 
@@ -51,6 +51,42 @@ def over_batches(
         extend: ``extend(position, batch)`` gives the arguments of the product from those of the loss; it must return
             the same objects in every pass where the batch is the same object.
     """
+    programs = Programs(eager=not linearize)
+
+    def at(point: Params) -> Operator:
+        params, batches = checked_point(
+            loss, point, data, reduction=reduction, count=count, chunk_size=chunk_size, memory_budget=memory_budget
+        )
+        rows = summed(
+            product,
+            loss,
+            params,
+            batches,
+            name=name,
+            programs=programs,
+            chunk_size=chunk_size,
+            memory_budget=memory_budget,
+            compile=compile,
+            vmappable=vmappable,
+            extend=extend,
+        )
+        # What extends the batches may depend on the point, as sampled targets do.
+        return Operator(params, rows, move=at if extend is None else None)
+
+    return at(params)
+
+
+def checked_point(
+    loss: Loss,
+    params: Params,
+    data: Any,
+    *,
+    reduction: str,
+    count: Callable[[Batch], float] | None,
+    chunk_size: int | None,
+    memory_budget: int | None,
+) -> tuple[Params, Batches]:
+    """Detached parameters and the data in batches, once both and the loss of the first batch are as they must be."""
     check_params(params)
     if any(_functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree.leaves(params)):
         raise TypeError(
@@ -62,18 +98,43 @@ def over_batches(
     if memory_budget is not None:
         check_count(memory_budget, name="memory_budget", minimum=0)
     params = tree.detach(params)
-    layout = tree.Layout.of(params)
-    batches = Batches.of(data, reduction=reduction, count=count, device=layout.device)
+    batches = Batches.of(data, reduction=reduction, count=count, device=tree.leaves(params)[0].device)
     _check_first_batch(loss, params, batches)
+    return params, batches
+
+
+def summed(
+    product: Product,
+    loss: Loss,
+    params: Params,
+    batches: Batches,
+    *,
+    name: str,
+    programs: Programs,
+    chunk_size: int | None,
+    memory_budget: int | None,
+    compile: bool = False,
+    vmappable: bool = True,
+    extend: Callable[[int, tuple[Any, ...]], tuple[Any, ...]] | None = None,
+    domain: tree.Layout | None = None,
+    image: tree.Layout | None = None,
+) -> Rows:
+    """``product`` summed over the batches with their weights, as a map on flat rows.
+
+    It is linear, but need not be from parameters to parameters: ``domain`` and ``image`` say how vectors and results
+    lie where they are of another kind. The other arguments are those of [`over_batches`][].
+    """
     traced = TracedProduct(
         product,
         loss,
         params,
+        programs=programs,
         vmappable=vmappable,
-        linearize=linearize,
         max_lanes=chunk_size,
         memory_budget=memory_budget,
         compile=compile,
+        domain=domain,
+        image=image,
     )
 
     @torch.no_grad()
@@ -95,14 +156,14 @@ def over_batches(
         assert total is not None  # an empty pass raises
         return total.div_(batches.total(weights))
 
-    return Operator(params, rows)
+    return rows
 
 
 def _check_first_batch(loss: Loss, params: Params, batches: Batches) -> None:
     batch, _ = next(iter(batches))
     with torch.no_grad():
         try:
-            value = rerouted(loss, REVERSE_OVER_REVERSE)(params, *batch)
+            value = evaluated(loss, params, *batch)
         except TypeError as error:
             raise TypeError(
                 f"loss(params, *batch) failed on the first batch, which holds {len(batch)} item(s): {error}. A tuple "

@@ -73,6 +73,9 @@ def block_spectra(
     [`diagonal`][hessfunc.diagonal] get them for all leaves in one pass from shared probes, at a somewhat larger
     variance: probes on the whole also carry the noise of the products between blocks.
 
+    Blocks of a Gauss-Newton matrix: pass the model in place of the loss, and
+    ``operator=lambda model_fn, params, data: hessfunc.ggn(model_fn, criterion, params, data)``.
+
     Cost: for each block ``num_probes`` matvecs for the trace, as many as ``eigsh`` takes for the eigenvalues, and
     ``num_probes * num_steps`` (twice with exact outliers) for the density.
 

@@ -56,6 +56,15 @@ def legend(ax: Any, **options: Any) -> None:
     ax.legend(fontsize=8, **box, **options)
 
 
+def bin_edges(values: np.ndarray, bins: int | str) -> np.ndarray:
+    """Edges of a histogram, moved so that no bin holds values on both sides of zero."""
+    edges = np.histogram_bin_edges(values, bins=bins)
+    if not edges[0] < 0 < edges[-1]:
+        return edges
+    width = edges[1] - edges[0]
+    return width * np.arange(np.floor(edges[0] / width), np.ceil(edges[-1] / width) + 1)
+
+
 def per_parameter_scale(ax: Any, values: np.ndarray, errors: np.ndarray) -> None:
     """A logarithmic x axis, for values that differ by orders of magnitude; symmetric if noise makes some negative."""
     magnitudes = np.abs(values)

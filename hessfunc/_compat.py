@@ -151,6 +151,18 @@ def forward_mode_safe(function: Callable[..., Any]) -> Callable[..., Any]:
     return rerouted(function, FORWARD_OVER_REVERSE)
 
 
+def evaluated(function: Callable[..., Any], params: Any, *batch: Any) -> Any:
+    """``function(params, *batch)`` alone, as the products differentiate it; tensors come without a tape."""
+    try:
+        with torch.no_grad():
+            return rerouted(function, REVERSE_OVER_REVERSE)(params, *batch)
+    except DeeperError:  # it takes derivatives itself, maybe on torch's own tape, which then has to run
+        tracked = tree.map_leaves(lambda leaf: leaf.detach().requires_grad_(), params)
+        with torch.enable_grad():
+            result = rerouted(function, REVERSE_ALONE)(tracked, *batch)
+    return tree.map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, result)
+
+
 def differentiated_outside(inputs: Sequence[Tensor]) -> bool:
     """Whether a transform outside, or torch's own tape by way of ``inputs``, differentiates what is computed next."""
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:

@@ -10,7 +10,7 @@ import torch
 from hessfunc import tree
 from hessfunc._batched import over_batches
 from hessfunc._checks import check_choice, check_count, check_generator, check_like, check_params
-from hessfunc._compat import REVERSE_OVER_REVERSE, rerouted
+from hessfunc._compat import evaluated
 from hessfunc._data import Batches
 from hessfunc._gauss_newton import Criterion, ModelFn, composed, push_and_pull, split_batch
 from hessfunc._likelihood import Observed, observe
@@ -105,7 +105,12 @@ def fisher(
     """The Fisher matrix at ``params`` over all of ``data``, as a matvec.
 
     Kinds, formula and what counts as an observation are those of [`fishervp`][hessfunc.fishervp]; weighting of
-    batches and the options not named here those of [`hessian`][hessfunc.hessian]. With ``kind="mc"`` the targets are
+    batches and the options not named here those of [`hessian`][hessfunc.hessian].
+
+    Which kind: ``"type2"`` is the Gauss-Newton matrix ([`ggn`][hessfunc.ggn]) and needs no targets. ``"mc"`` is its
+    unbiased estimate by gradients of samples, for comparison with methods that use such (K-FAC among them); it saves
+    nothing here. ``"empirical"`` is the second moment of the gradients, for their noise; as curvature it misleads away
+    from a good fit. With ``kind="mc"`` the targets are
     drawn once, in a pass over the data when the operator is built, so that all products are with one matrix; they
     take as much memory as ``num_samples`` times the targets, and the data must come in the same order in each pass.
 
@@ -146,7 +151,7 @@ def fisher(
     loss = composed(model_fn, criterion)
 
     def checked(params: Params, *batch: Any) -> Tensor:
-        given = _observed(model_fn, criterion, params, batch).options["reduction"]
+        given = observed(model_fn, criterion, params, batch).options["reduction"]
         if given != reduction:
             raise ValueError(
                 f"reduction={reduction!r}, but the criterion reduces over its batch by {given!r}; pass that one."
@@ -229,7 +234,8 @@ def _product(
     return push_and_pull(likelihood, params, v, second_moment)
 
 
-def _observed(model_fn: ModelFn, criterion: Criterion, params: Params, batch: tuple[Any, ...]) -> Observed:
+def observed(model_fn: ModelFn, criterion: Criterion, params: Params, batch: tuple[Any, ...]) -> Observed:
+    """The likelihood at the end of ``criterion`` for one batch."""
     inputs, target = split_batch(batch)
     return observe(criterion, model_fn(params, *inputs), target)
 
@@ -240,7 +246,8 @@ class _Samples:
     def __init__(
         self, model_fn: ModelFn, criterion: Criterion, params: Params, num_samples: int, generator: torch.Generator
     ) -> None:
-        self._observed = rerouted(lambda *batch: _observed(model_fn, criterion, params, batch), REVERSE_OVER_REVERSE)
+        self._params = params
+        self._observed = lambda params, *batch: observed(model_fn, criterion, params, batch)
         self._num_samples = num_samples
         self._generator = generator
         self._drawn: list[list[Tensor]] = []
@@ -251,7 +258,7 @@ class _Samples:
     def draw(self, batches: Batches) -> None:
         self._stable = batches.stable
         for batch, _ in batches:
-            seen = self._observed(*batch)
+            seen = evaluated(self._observed, self._params, *batch)
             self._drawn.append([seen.family.sample(seen, self._generator) for _ in range(self._num_samples)])
             self._prints.append(self._fingerprint(batch))
 

@@ -13,6 +13,8 @@ from hessfunc._checks import check_like, check_params
 from hessfunc._compat import (
     ANY_ORDER,
     FORWARD_OVER_REVERSE,
+    REVERSE_ALONE,
+    REVERSE_OVER_REVERSE,
     DeeperError,
     Order,
     differentiated_outside,
@@ -97,10 +99,14 @@ def ggn(
     """The generalized Gauss-Newton matrix at ``params`` over all of ``data``, as a matvec.
 
     The same interface, weighting of batches and cost per pass as [`hessian`][hessfunc.hessian], which explains the
-    options; the formula is that of [`ggnvp`][hessfunc.ggnvp]. Prefer it to the Hessian where a positive semi-definite
-    matrix is needed (log-determinants, effective dimension, natural gradients). ``hessian(...) - ggn(...)`` is the
-    residual part, which vanishes where the model fits its targets. In a piecewise-linear network with BatchNorm in
-    eval mode the diagonal blocks of both agree for each parameter tensor, and with them the traces.
+    options; the formula is that of [`ggnvp`][hessfunc.ggnvp].
+
+    Prefer it to the Hessian where a positive semi-definite matrix is needed (log-determinants, effective dimension,
+    natural gradients), where its lower cost counts, or where the outliers of a classifier are to be explained
+    ([`ggn_hierarchy`][hessfunc.ggn_hierarchy]). For cross-entropy, squared error and logistic loss it is the Fisher
+    matrix ``fisher(..., kind="type2")``; it takes any other criterion too. ``hessian(...) - ggn(...)`` is the residual
+    part, which vanishes where the model fits its targets. In a piecewise-linear network with BatchNorm in eval mode
+    the diagonal blocks of both agree for each parameter tensor, and with them the traces.
 
     Args:
         model_fn: ``model_fn(params, *inputs) -> outputs``.
@@ -226,6 +232,37 @@ def _push_and_pull(
         raise _TrackedError
     cotangents = middle(outputs, tangents, aux, deeper)
     return pullback(cotangents, retain_graph=deeper, create_graph=deeper)[0]
+
+
+def push(model: Callable[[Params], tuple[Any, Any]], params: Params, v: Params) -> tuple[Any, Any, Any]:
+    """``(outputs, J v, aux)`` for ``model(params) -> (outputs, aux)``, all of them without a tape."""
+
+    def run(order: Order) -> Any:
+        with torch.enable_grad():  # without which the model would count as one under no_grad, that is as constant
+            return torch.func.jvp(rerouted(model, order), (params,), (v,), has_aux=True)
+
+    try:
+        try:
+            result = run(FORWARD_OVER_REVERSE)
+        except DeeperError:
+            result = run(ANY_ORDER)
+    except RuntimeError as error:
+        raise _explained(error) from error
+    outputs, tangents, aux = tree.detach(result)
+    return outputs, tangents, aux
+
+
+def pull(model: Callable[[Params], tuple[Any, Any]], params: Params, cotangents: Callable[[Any, Any], Any]) -> Params:
+    """``J^T cotangents(outputs, aux)`` for ``model(params) -> (outputs, aux)``."""
+
+    def run(order: Order) -> Any:
+        return torch.func.vjp(rerouted(model, order), params, has_aux=True)
+
+    try:
+        outputs, pullback, aux = run(REVERSE_OVER_REVERSE)
+    except DeeperError:
+        outputs, pullback, aux = run(REVERSE_ALONE)
+    return pullback(tree.detach(cotangents(outputs.detach(), aux)), retain_graph=False, create_graph=False)[0]
 
 
 def _explained(error: RuntimeError) -> RuntimeError:

@@ -31,6 +31,11 @@ def hessian(
     which is exact for a ragged last batch; with ``"sum"`` that of ``sum_b loss_b``. Each call of ``rows`` or
     ``matmat`` makes one pass over the data, whatever the number of vectors.
 
+    Which matrix: the Hessian for questions about the loss itself: saddle points and negative curvature, sharpness, the
+    largest stable step size. [`ggn`][hessfunc.ggn] where no eigenvalue may be negative, and for the outliers of
+    classifiers. [`fisher`][hessfunc.fisher] with ``kind="empirical"`` for the second moment of the gradients, that is
+    their noise. ``hessian(...) - ggn(...)`` and ``hessian(...).shift(weight_decay)`` are operators as well.
+
     Args:
         loss: ``loss(params, *batch) -> scalar``, mean-reduced over its batch unless ``reduction="sum"``.
         params: pytree of floating-point tensors; taken detached, so ``requires_grad`` does not matter.

@@ -109,12 +109,12 @@ class Categorical(Family):
 
     def count(self, seen: Observed) -> Tensor:
         """Positions that are not to be ignored."""
-        return self._counted(seen).sum().to(tree.accumulation_dtype(seen.outputs.dtype))
+        return self.counted(seen).sum().to(tree.accumulation_dtype(seen.outputs.dtype))
 
     def score(self, seen: Observed, target: Tensor) -> Tensor:
         """``softmax(outputs) - onehot(target)``, 0 where the target is to be ignored."""
         axis = self.along(seen.outputs)
-        counted = self._counted(seen)
+        counted = self.counted(seen)
         labels = torch.where(counted, target, torch.zeros_like(target)).unsqueeze(axis)
         classes = torch.arange(seen.outputs.shape[axis], device=labels.device)
         shape = [-1 if i == axis else 1 for i in range(seen.outputs.dim())]
@@ -124,7 +124,7 @@ class Categorical(Family):
     def covariance(self, seen: Observed, tangents: Tensor) -> Tensor:
         """``diag(p) - p p^T``."""
         axis = self.along(seen.outputs)
-        p = seen.outputs.softmax(axis) * self._counted(seen).unsqueeze(axis)
+        p = seen.outputs.softmax(axis) * self.counted(seen).unsqueeze(axis)
         weighted = p * tangents
         return weighted - p * weighted.sum(axis, keepdim=True)
 
@@ -134,10 +134,11 @@ class Categorical(Family):
         cumulative = seen.outputs.double().softmax(axis).cumsum(axis)
         level = _uniform(seen.target, generator) * cumulative.select(axis, -1)
         drawn = (cumulative <= level.unsqueeze(axis)).sum(axis).clamp(max=cumulative.shape[axis] - 1)
-        return torch.where(self._counted(seen), drawn.to(seen.target.dtype), seen.target)
+        return torch.where(self.counted(seen), drawn.to(seen.target.dtype), seen.target)
 
     @staticmethod
-    def _counted(seen: Observed) -> Tensor:
+    def counted(seen: Observed) -> Tensor:
+        """Which positions are not to be ignored."""
         return seen.target != seen.options["ignore_index"]
 
 

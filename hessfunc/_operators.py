@@ -31,11 +31,12 @@ class Operator:
     ``2.0 * H``, ``H.shift(1e-4)``.
     """
 
-    def __init__(self, like: Params, rows: Rows) -> None:
+    def __init__(self, like: Params, rows: Rows, *, move: Callable[[Params], Operator] | None = None) -> None:
         check_params(like, name="like")
         self.like = tree.detach(like)
         self.layout = tree.Layout.of(self.like)
         self._rows = rows
+        self._move = move
 
     @property
     def size(self) -> int:
@@ -71,6 +72,29 @@ class Operator:
         """``H v`` for each row of an array of shape ``(K, size)`` and dtype ``H.dtype``."""
         self._check_flat(rows, dims=2)
         return _applied(rows, self._rows)
+
+    def at(self, params: Params) -> Operator:
+        """The same operator of the same data at other parameters; what was traced once serves there too.
+
+        Sums, multiples and shifts move with their operands.
+
+        Raises:
+            ValueError: ``params`` is not like ``H.like``, or the operator belongs to one point: one made from a matrix
+                or a matvec, a term of a hierarchy, or a Fisher matrix of sampled targets.
+
+        Example:
+            >>> import torch, hessfunc as hf
+            >>> H = hf.hessian(lambda w: (w**4).sum() / 12, torch.ones(2))
+            >>> H.at(torch.tensor([2.0, 3.0]))(torch.ones(2))
+            tensor([4., 9.])
+        """
+        if self._move is None:
+            raise ValueError(
+                "the operator belongs to one point and cannot move; build it anew there. hessfunc.hessian, ggn and "
+                "fisher (but for kind='mc') make operators that move."
+            )
+        check_like(params, self.like, name="params", reference="H.like")
+        return self._move(params)
 
     def dense(self, *, chunk_size: int = 64) -> Tensor:
         """The matrix itself, shape ``(size, size)``: ``size`` products and ``size**2`` numbers."""
@@ -109,7 +133,7 @@ class Operator:
     def __mul__(self, factor: float) -> Operator:
         if not isinstance(factor, int | float):
             return NotImplemented
-        return Operator(self.like, lambda rows: factor * self.rows(rows))
+        return self._derived(lambda rows: factor * self.rows(rows), lambda params: factor * self.at(params))
 
     __rmul__ = __mul__
 
@@ -118,13 +142,21 @@ class Operator:
 
     def shift(self, amount: float) -> Operator:
         """``H + amount * I``: the Hessian with weight decay ``amount / 2 * |params|^2`` added to the loss."""
-        return Operator(self.like, lambda rows: self.rows(rows).add(rows, alpha=amount))
+        return self._derived(
+            lambda rows: self.rows(rows).add(rows, alpha=amount), lambda params: self.at(params).shift(amount)
+        )
 
     def _combine(self, other: Operator, factor: float) -> Operator:
         if not isinstance(other, Operator):
             return NotImplemented
         check_like(other.like, self.like, name="other.like", reference="H.like")
-        return Operator(self.like, lambda rows: self.rows(rows).add(other.rows(rows), alpha=factor))
+        return self._derived(
+            lambda rows: self.rows(rows).add(other.rows(rows), alpha=factor),
+            lambda params: self.at(params)._combine(other.at(params), factor),
+        )
+
+    def _derived(self, rows: Rows, move: Callable[[Params], Operator]) -> Operator:
+        return Operator(self.like, rows, move=move)
 
     def _check_flat(self, array: Tensor, *, dims: int) -> None:
         if not isinstance(array, torch.Tensor) or array.dim() != dims or array.shape[-1] != self.size:

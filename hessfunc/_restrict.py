@@ -23,6 +23,8 @@ class Restriction(NamedTuple):
 def restrict(loss: Loss, params: Params, select: Select) -> Restriction:
     """Hold all but the selected leaves fixed; the Hessian of the result is a diagonal block of the whole one.
 
+    A ``model_fn(params, *inputs)`` can be restricted in the same way, for blocks of [`ggn`][hessfunc.ggn] and others.
+
     Args:
         loss: ``loss(params, *batch)``.
         params: pytree of floating-point tensors.

@@ -9,7 +9,7 @@ import torch
 
 from hessfunc import tree
 from hessfunc._checks import check_loss_value, check_params, check_positive
-from hessfunc._compat import REVERSE_OVER_REVERSE, rerouted
+from hessfunc._compat import REVERSE_ALONE, REVERSE_OVER_REVERSE, DeeperError, rerouted
 from hessfunc._diagonal import frobenius_squared
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._eigsh import eigsh
@@ -108,7 +108,11 @@ def sam_ascent(loss: Loss, params: Params, *batch: Any, rho: float = 0.05) -> tu
         return value
 
     safe = rerouted(checked, REVERSE_OVER_REVERSE)
-    gradient, value = torch.func.grad_and_value(safe)(params)
+    try:
+        gradient, value = torch.func.grad_and_value(safe)(params)
+    except DeeperError:
+        safe = rerouted(checked, REVERSE_ALONE)
+        gradient, value = torch.func.grad_and_value(safe)(params)
     norm = tree.norm(gradient)
     inverse = torch.where(norm == 0, torch.zeros_like(norm), rho / torch.where(norm == 0, torch.ones_like(norm), norm))
     step = tree.map_leaves(lambda leaf: (inverse * leaf).to(leaf.dtype), gradient)
@@ -122,6 +126,12 @@ def stable_rank(H: Operator, *, num_probes: int = 32, tol: float = 1e-3, generat
     denominator is an eigenvalue to relative tolerance ``tol``.
 
     Cost: ``num_probes`` matvecs and those of [`eigsh`][hessfunc.eigsh].
+
+    Args:
+        H: symmetric operator.
+        num_probes: probes for the Frobenius norm.
+        tol: tolerance of the eigenvalue of largest magnitude, as in ``eigsh``.
+        generator: draws start vector and probes.
 
     Raises:
         ValueError: an option is out of range, or ``H`` is zero, which has no stable rank.
@@ -176,6 +186,13 @@ def condition_number(H: Operator, *, tol: float = 1e-3, generator: torch.Generat
 
     Formula: ``lambda_max / lambda_min``, from both ends of the spectrum by [`eigsh`][hessfunc.eigsh]. The small end
     converges slowly if the ratio is large: from inside the spectrum, so that the result is a lower bound.
+
+    Cost: the matvecs of ``eigsh``.
+
+    Args:
+        H: symmetric operator.
+        tol: tolerance of both eigenvalues, as in ``eigsh``.
+        generator: draws the start vector.
 
     Raises:
         ValueError: the smallest eigenvalue found is not above 0.

@@ -24,8 +24,25 @@ LANE_ELEMENTS, CPU_LANE_ELEMENTS = 1 << 20, 1 << 18
 the CPU what does not fit into the cache costs more than it saves."""
 
 
+class Programs:
+    """What products of one loss share at all points: programs by shape of batch and number of lanes.
+
+    Attributes:
+        traced: the programs.
+        requests: how often a number of lanes came up.
+        eager: whether there are none, since the product cannot be traced or shall not be.
+    """
+
+    def __init__(self, *, eager: bool) -> None:
+        self.traced: dict[Hashable, Linearized] = {}
+        self.requests: dict[Hashable, int] = {}
+        self.eager = eager
+
+
 class TracedProduct:
     """``product`` at fixed parameters, on flat rows, through its primal and tangent programs.
+
+    Its vectors and results lie as ``domain`` and ``image`` say, by default as the parameters.
 
     The first product on a batch of a new shape runs eagerly and is recorded; later ones replay the tangent program
     on residuals that one evaluation of the primal program per batch provides. Residuals of batches that stay the same
@@ -38,32 +55,36 @@ class TracedProduct:
         loss: Loss,
         params: Params,
         *,
+        programs: Programs,
         vmappable: bool,
-        linearize: bool,
         max_lanes: int | None,
         memory_budget: int | None,
         compile: bool,
+        domain: tree.Layout | None = None,
+        image: tree.Layout | None = None,
     ) -> None:
         self._product = product
         self._loss = loss
         self._layout = tree.Layout.of(params)
+        self._domain = domain or self._layout
+        self._image = image or self._layout
         self._params, self._spec = tree.flatten(params)
         self._vmappable = vmappable
-        self._eager = not linearize
         self._compile = compile
         self._max_lanes = max_lanes
         self._budget = available_memory(self._layout.device) // 4 if memory_budget is None else memory_budget
-        self._programs: dict[Hashable, Linearized] = {}
-        self._requests: dict[Hashable, int] = {}
+        self._programs = programs
+        self._strides = tuple(leaf.stride() for leaf in self._params)
         self._kept: dict[int, _Kept] = {}
 
     def rows(self, rows: Tensor, batch: tuple[Any, ...], position: int, *, keep: bool) -> Tensor:
         """Products with each row on one batch; ``keep`` says that the batch at this position stays the same object."""
         leaves, spec = tree.flatten(batch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        signature = _signature(leaves, spec)
-        if self._eager or signature is None:
+        shapes = _signature(leaves, spec)
+        if self._programs.eager or shapes is None:
             return self._run_eagerly(rows, batch)
+        signature = (shapes, self._strides)
 
         def function(*inputs: Tensor) -> Tensor:
             given = iter(inputs[len(self._params) : -1])
@@ -78,12 +99,12 @@ class TracedProduct:
             lanes = self._lanes(signature, rows.shape[0] - start)
             piece = rows[start : start + lanes]
             start += lanes
-            program = self._programs.get((signature, lanes))
+            program = self._programs.traced.get((signature, lanes))
             if program is None:
                 program, result = self._trace(function, primals, piece)
                 if program is None:
                     return self._run_eagerly(rows, batch)
-                self._programs[signature, lanes] = program
+                self._programs.traced[signature, lanes] = program
             else:
                 result = program.apply(primals, self._residuals(program, primals, position, keep=keep), piece)
             results.append(result)
@@ -91,7 +112,7 @@ class TracedProduct:
 
     def _lanes(self, signature: Hashable, wanted: int) -> int:
         """How many rows to take together: a power of two that suits the size of the operations."""
-        single = self._programs.get((signature, 1))
+        single = self._programs.traced.get((signature, 1))
         if single is None or wanted == 1 or not self._vmappable:
             return 1
         limit = MAX_LANES if self._max_lanes is None else self._max_lanes
@@ -101,8 +122,9 @@ class TracedProduct:
             limit = 1 if single.convolves else min(limit, int(elements / single.mean_elements) or 1)
         lanes = 1 << (min(wanted, limit).bit_length() - 1)
         # A program of its own pays when the size comes up again.
-        self._requests[signature, lanes] = self._requests.get((signature, lanes), 0) + 1
-        return lanes if self._requests[signature, lanes] > 1 else 1
+        requests = self._programs.requests
+        requests[signature, lanes] = requests.get((signature, lanes), 0) + 1
+        return lanes if requests[signature, lanes] > 1 else 1
 
     def _trace(
         self, function: Callable[..., Tensor], primals: list[Tensor], rows: Tensor
@@ -141,7 +163,7 @@ class TracedProduct:
         return bool(difference <= min(100 * eps**0.75, 0.1) * torch.linalg.vector_norm(eager))
 
     def _give_up(self, reason: str) -> None:
-        self._eager = True
+        self._programs.eager = True
         warnings.warn(
             f"the product cannot be traced ({reason}); each one now repeats the whole loss and gradient, which is "
             "slower and otherwise the same. hessian(..., linearize=False) does so without this warning.",
@@ -168,7 +190,7 @@ class TracedProduct:
 
     def _eager_rows(self, rows: Tensor, batch: tuple[Any, ...], params: Params) -> Tensor:
         def single(row: Tensor) -> Tensor:
-            return self._layout.ravel(self._product(self._loss, params, self._layout.unravel(row), *batch))
+            return self._image.ravel(self._product(self._loss, params, self._domain.unravel(row), *batch))
 
         if rows.shape[0] == 1 or not self._vmappable:
             return torch.stack([single(row) for row in rows])

@@ -1,4 +1,4 @@
-"""Figures: spectral density, trace by layer, loss surface, curves over training.
+"""Figures: spectral density, trace by layer, loss surface, curves over training, spectra over mini-batches.
 
 Each function returns a ``matplotlib.figure.Figure`` that belongs to nobody else: nothing goes through pyplot or
 changes matplotlib's settings, so the functions work without a screen and in threads. Save with
@@ -20,6 +20,7 @@ from hessfunc._canvas import (
     ORANGE,
     VERMILION,
     axes,
+    bin_edges,
     finish,
     legend,
     level_norm,
@@ -32,6 +33,7 @@ from hessfunc._canvas import (
 )
 from hessfunc._checks import check_choice
 from hessfunc._density import Density
+from hessfunc._minibatch import MinibatchEigenvalues
 from hessfunc._quadrature import Quadrature
 from hessfunc._typing import Tensor
 from hessfunc.report import Report
@@ -241,6 +243,51 @@ def training(
     ax.set_title(title, fontsize=10)
     if len(curves) > 1:
         legend(ax)
+    return figure
+
+
+def minibatch(
+    source: MinibatchEigenvalues,
+    *,
+    whole: float | None = None,
+    bins: int | str = "auto",
+    title: str = "Largest eigenvalue of each mini-batch's Hessian",
+    ax: Any = None,
+) -> Any:
+    """The distribution of the largest eigenvalues over mini-batches, with those below zero set off and counted.
+
+    A histogram of the first of each batch, and behind it one of all k of them if there are several; lines at the mean
+    of the first and at the eigenvalue of the whole data set, which is at most that mean for batches of one size.
+
+    Args:
+        source: from [`minibatch_eigenvalues`][hessfunc.minibatch_eigenvalues].
+        whole: largest eigenvalue of the Hessian over all batches, for comparison.
+        bins: number of bins, or a rule that NumPy knows.
+        title: first line of the title; the second counts batches and negative values.
+        ax: axes to draw into instead of a new figure.
+
+    Returns:
+        The figure.
+    """
+    figure, ax = axes(ax, 6.4, 3.8)
+    values = source.eigenvalues.numpy()
+    known, first = values[np.isfinite(values)], values[:, 0]
+    edges = bin_edges(known, bins)
+    if values.shape[1] > 1:
+        label = f"the first {values.shape[1]} of each batch"
+        ax.hist(known, edges, histtype="stepfilled", color=ORANGE, alpha=0.35, label=label)
+    parts = ((first[first >= 0], BLUE, "first of each batch"), (first[first < 0], VERMILION, "below zero"))
+    for part, colour, label in parts:
+        if len(part):
+            ax.hist(part, edges, color=colour, edgecolor="white", linewidth=0.4, label=label)
+    ax.axvline(first.mean(), color="black", linewidth=1.2, label=f"mean, {first.mean():.3g}")
+    if whole is not None:
+        ax.axvline(whole, color="black", linewidth=1.2, linestyle="--", label=f"whole data, {whole:.3g}")
+    finish(ax, xlabel="eigenvalue", ylabel="number", grid="y")
+    ax.set_title(
+        f"{title}\n{len(values):,} batches, {(known < 0).sum()} of {known.size:,} values below zero", fontsize=10
+    )
+    legend(ax, loc="best")
     return figure
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hessfunc as hf
 from hessfunc import tree
@@ -81,6 +82,21 @@ class CountingRows:
             return array @ matrix
 
         self.operator = hf.Operator(matrix[0], rows)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most entries that any result of an operation has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree.leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.entries = max(self.entries, leaf.numel())
+        return result
 
 
 # Models

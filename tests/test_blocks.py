@@ -115,6 +115,17 @@ def test_other_operators_and_their_options():
     _, places = dense_blocks(loss, params, (x, y))
     block = slice(places["1.weight"].start, places["1.bias"].stop)
     assert relative_error(G, whole.dense()[block, block]) < 1e-12
+    found = block_spectra(
+        call,
+        params,
+        (x, y),
+        blocks=["1"],
+        tol=1e-8,
+        num_steps=0,
+        operator=lambda model_fn, selected, data: ggn(model_fn, F.cross_entropy, selected, data),
+        generator=seeded(),
+    )
+    assert float(found["1"].eigenpairs.eigenvalues[0]) == pytest.approx(float(torch.linalg.eigvalsh(G)[-1]), rel=1e-8)
 
 
 def test_traces_of_blocks_that_cover_everything_add_up():

@@ -340,6 +340,11 @@ ROWS = {
         ValueError,
         r"^like is missing; pass a pytree with the structure, shapes and dtypes of the vectors",
     ),
+    "operator of one point": Row(
+        lambda: H.at(torch.ones(2)),
+        ValueError,
+        r"^the operator belongs to one point and cannot move; build it anew there\. hessfunc\.hessian, ggn and fisher",
+    ),
     "operators that do not fit": Row(
         lambda: H + hf.as_operator(torch.eye(3)),
         ValueError,

@@ -21,7 +21,7 @@ LAYERS = {
     "torch put right": ["_decompositions", "_compat", "_recorder", "_simplify", "_zeros", "_reassociate", "_linearize"],
     "products and operators": [
         *("_products", "_traced", "_module", "_restrict", "_data", "_operators", "_batched", "_hessian"),
-        *("_likelihood", "_gauss_newton", "_fisher"),
+        *("_likelihood", "_gauss_newton", "_fisher", "_positions", "_hierarchy"),
     ],
     "kernels": ["_lanczos", "_power"],
     "estimators": [
@@ -38,7 +38,7 @@ LAYERS = {
             "_sketches",
         ),
         *("_sketch_trace", "_leave_one_out", "_density", "_quadrature", "_outliers", "_runs", "_krylov", "_slq"),
-        *("_diagonal", "_sharpness", "_blocks", "_minibatch"),
+        *("_diagonal", "_sharpness", "_blocks", "_minibatch", "_trajectory", "_track"),
     ],
     "analysis": [
         *("surface", "_tables", "_report_files", "report", "_canvas", "plot", "_analyze", "_problem", "_demo"),
@@ -254,7 +254,7 @@ TREE_FUNCTIONS = {
     if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == "hessfunc.tree"
 }
 # What is data rather than an option may be given by position.
-DATA = {"data", "like", "k", "pairs"}
+DATA = {"data", "like", "k", "pairs", "state"}
 
 
 def test_the_public_surface_is_functions_and_classes():

@@ -50,6 +50,44 @@ def test_the_other_products_give_the_same_operator(product, name, generator):
     assert relative_error(rows, H.layout.ravel_rows(vectors) @ dense_hessian(name)) < 1e-10
 
 
+def test_losses_that_take_derivatives_themselves(generator):
+    x = torch.randn(5, 3, generator=generator, dtype=F64)
+    w = torch.randn(3, generator=generator, dtype=F64)
+
+    def energy(z, w):
+        return torch.tanh(z @ w).pow(3).sum()
+
+    def by_hand(w, x):
+        t = torch.tanh(x @ w)
+        return ((3 * t**2 * (1 - t**2))[:, None] * w).square().sum()
+
+    def by_transform(w, x):
+        return torch.func.grad(energy)(x, w).square().sum()
+
+    def by_tape(w, x):
+        z = x.clone().requires_grad_()
+        return torch.autograd.grad(energy(z, w), z, create_graph=True)[0].square().sum()
+
+    def by_tape_of_activations(w, x):
+        z = x @ w
+        slopes = torch.autograd.grad(torch.tanh(z).pow(3).sum(), z, create_graph=True)[0]
+        return (slopes[:, None] * w).square().sum()
+
+    reference = hf.hessian(by_hand, w, (x,)).dense()
+    for loss, product in (
+        (by_transform, hf.hvp),
+        (by_transform, hf.hvp_double_backward),
+        (by_tape, hf.hvp_double_backward),
+        (by_tape_of_activations, hf.hvp_double_backward),
+    ):
+        H = hf.hessian(loss, w, [(x[:2],), (x[2:],)], reduction="sum", product=product)
+        assert relative_error(H.dense(), reference) < 1e-10
+    with pytest.raises(NotImplementedError, match=r"for an operator, product=hessfunc\.hvp_double_backward"):
+        hf.hessian(by_tape, w, (x,))(w)
+    step, rise = hf.sam_ascent(by_transform, w, x, rho=0.01)
+    assert float(rise) == pytest.approx(float(by_hand(w + step, x) - by_hand(w, x)), rel=1e-10)
+
+
 def test_attributes():
     H = hf.as_operator(A, like=LIKE)
     assert (H.size, H.dtype, H.device) == (6, F64, torch.device("cpu"))
@@ -179,6 +217,79 @@ def test_vectors_that_do_not_fit():
         H.vector([0.0] * 6)
     with pytest.raises(TypeError, match=r"flat vector has dtype torch.float32, expected torch.float64; convert"):
         H.vector(torch.zeros(6))
+
+
+# Other points
+
+
+def test_an_operator_moves_to_other_parameters_without_tracing_again(generator):
+    loss, params, (x, y) = case("mlp tanh")
+    calls = []
+
+    def counted(p, *batch):
+        calls.append(1)
+        return loss(p, *batch)
+
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+    H = hf.hessian(counted, params, data)
+    V = torch.randn(9, H.size, generator=generator, dtype=F64)
+    for _ in range(3):  # so that there are programs for one lane and for several
+        H.rows(V)
+    other = tree.map_leaves(lambda leaf: leaf + randn_like(leaf, generator), params)
+    calls.clear()
+    moved = H.at(other)
+    assert relative_error(moved.rows(V), hf.hessian(loss, other, data).rows(V)) < 1e-12
+    assert len(calls) == 1, "the check of the first batch"
+    assert relative_error(H.rows(V), hf.hessian(loss, params, data).rows(V)) < 1e-12, "the first stays where it was"
+    assert relative_error(moved.at(params).rows(V), H.rows(V)) < 1e-12
+
+
+def test_moving_to_parameters_of_other_strides():
+    w, x = torch.randn(3, 4, generator=seeded(1), dtype=F64), torch.randn(5, 4, generator=seeded(2), dtype=F64)
+    H = hf.hessian(lambda w, x: torch.tanh(x @ w.view(12).view(3, 4).T).pow(3).sum(), w, (x,))
+    H.vector(torch.ones(12, dtype=F64))
+    G = hf.hessian(lambda w, x: torch.tanh(x @ w.T).pow(3).sum(), w, (x,))
+    G.vector(torch.ones(12, dtype=F64))
+    turned = torch.randn(4, 3, generator=seeded(3), dtype=F64).T
+    assert relative_error(G.at(turned).dense(), H.at(turned.contiguous()).dense()) < 1e-12
+
+
+def test_sums_multiples_and_shifts_move_with_their_operands(generator):
+    loss, params, batch = case("mlp tanh")
+    other = tree.map_leaves(lambda leaf: leaf + randn_like(leaf, generator), params)
+    cubic = lambda p, *_: sum((leaf**3).sum() for leaf in tree.leaves(p))  # noqa: E731
+
+    def combined(point):
+        return (hf.hessian(loss, point, batch) - 0.5 * hf.hessian(cubic, point, batch)).shift(0.3)
+
+    assert relative_error(combined(params).at(other).dense(), combined(other).dense()) < 1e-12
+
+
+def test_what_cannot_be_traced_says_so_once_and_moves_all_the_same():
+    def loss(w):
+        return (w**4).sum() if w.sum() > 0 else (w**2).sum()
+
+    H = hf.hessian(loss, torch.ones(2, dtype=F64))
+    with pytest.warns(hf.ProductWarning, match="cannot be traced"):
+        H(torch.ones(2, dtype=F64))
+    assert H.at(-torch.ones(2, dtype=F64))(torch.ones(2, dtype=F64)).tolist() == [2.0, 2.0]
+
+
+def test_operators_that_belong_to_one_point():
+    with pytest.raises(ValueError, match=r"the operator belongs to one point and cannot move; build it anew there"):
+        hf.as_operator(A).at(A[0])
+    call, params = hf.functionalize(torch.nn.Linear(2, 3))
+    data = (torch.ones(4, 2), torch.tensor([0, 1, 2, 0]))
+    sampled = hf.fisher(call, torch.nn.functional.cross_entropy, params, data, kind="mc", generator=seeded())
+    with pytest.raises(ValueError, match=r"but for kind='mc'"):
+        sampled.at(params)
+    with pytest.raises(ValueError, match=r"cannot move"):
+        hf.ggn_hierarchy(call, torch.nn.functional.cross_entropy, params, data).class_term.at(params)
+    G = hf.ggn(call, torch.nn.functional.cross_entropy, params, data)
+    with pytest.raises(ValueError, match=r"params has a different pytree structure from H.like"):
+        G.at([torch.ones(2)])
+    with pytest.raises(FloatingPointError, match=r"the loss of batch 0 is NaN"):
+        G.at(tree.map_leaves(lambda leaf: leaf * float("nan"), params))
 
 
 # Dtypes

@@ -283,3 +283,34 @@ def test_missing_matplotlib_is_named(monkeypatch):
     ):
         plot.density(example_report())
     assert hessfunc.__version__  # importing does not need it
+
+
+def test_minibatch_counts_batches_and_sets_off_negative_ones(tmp_path):
+    first = torch.tensor([-1.0, 0.5, 1.0, 1.5, 2.0, 4.0], dtype=torch.float64)
+    values = torch.stack([first, torch.full_like(first, -0.25)], dim=1)
+    values[0, 1] = math.nan
+    result = hessfunc.MinibatchEigenvalues(values, torch.zeros_like(values), 5)
+    figure = plot.minibatch(result, whole=1.25, bins=7)
+    (ax,) = figure.axes
+    bars = {container[0].get_label(): container for container in ax.containers}
+    heights = {name: sum(bar.get_height() for bar in bars[name]) for name in ("first of each batch", "below zero")}
+    assert heights == {"first of each batch": 5, "below zero": 1}
+    assert all(bar.get_x() + bar.get_width() < 1e-12 for bar in bars["below zero"] if bar.get_height())
+    assert all(bar.get_x() > -1e-12 for bar in bars["first of each batch"] if bar.get_height())
+    assert ax.get_title().endswith("\n6 batches, 6 of 11 values below zero")
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == [
+        "the first 2 of each batch",
+        "first of each batch",
+        "below zero",
+        "mean, 1.33",
+        "whole data, 1.25",
+    ]
+    drawn(figure, tmp_path, width=6.4, height=3.8)
+
+
+def test_minibatch_of_one_value_each_that_are_all_alike():
+    values = torch.full((4, 1), 2.0, dtype=torch.float64)
+    (ax,) = plot.minibatch(hessfunc.MinibatchEigenvalues(values, torch.zeros_like(values), 5), title="All alike").axes
+    assert ax.get_title() == "All alike\n4 batches, 0 of 4 values below zero"
+    assert len(ax.containers) == 1
