@@ -49,7 +49,7 @@ def sharpness(H: Operator, *, num_probes: int = 32, tol: float = 1e-3, generator
     ``tr H``, twice the mean rise of a quadratic loss per unit of variance under isotropic noise; ``tr H / n``. None of
     them is invariant under a rescaling of layers that leaves the network's function as it is (Dinh et al. 2017).
 
-    Cost: ``num_probes`` matvecs and those of [`eigsh`][hessfunc.eigsh].
+    Cost: ``num_probes + 1`` matvecs and those of [`eigsh`][hessfunc.eigsh], whose pair deflates the trace.
 
     Args:
         H: symmetric operator.
@@ -64,11 +64,11 @@ def sharpness(H: Operator, *, num_probes: int = 32, tol: float = 1e-3, generator
         >>> import torch, hessfunc as hf
         >>> H = hf.as_operator(torch.diag(torch.tensor([-9.0, 1.0, 5.0])))
         >>> measures = hf.sharpness(H, num_probes=4, generator=torch.Generator().manual_seed(0))
-        >>> round(float(measures.lambda_max), 3), float(measures.trace), float(measures.mean_eigenvalue)
-        (5.0, -3.0, -1.0)
+        >>> [round(float(x), 3) for x in (measures.lambda_max, measures.trace, measures.mean_eigenvalue)]
+        [5.0, -3.0, -1.0]
     """
     top = eigsh(H, 1, which="LA", tol=tol, generator=generator)
-    trace = hutchinson(H, num_probes=num_probes, generator=generator)
+    trace = hutchinson(H, num_probes=num_probes, deflate=top, generator=generator)
     mean = Estimate.of(trace.samples / H.size, num_matvecs=trace.num_matvecs)
     return Sharpness(top, trace, mean, top.num_matvecs + trace.num_matvecs)
 
