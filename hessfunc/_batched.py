@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from hessfunc import tree
 from hessfunc._checks import check_count, check_finite, check_loss_value, check_params
 from hessfunc._compat import REVERSE_OVER_REVERSE, rerouted
 from hessfunc._data import Batches
+from hessfunc._fingerprint import Fingerprint
 from hessfunc._operators import Operator
+from hessfunc._soundness import Soundness
 from hessfunc._traced import Product, TracedProduct
 from hessfunc._typing import Batch, Loss, Params, Tensor
 
@@ -30,6 +33,7 @@ def over_batches(
     linearize: bool,
     memory_budget: int | None,
     compile: bool = False,
+    check: bool = True,
     vmappable: bool = True,
     extend: Callable[[int, tuple[Any, ...]], tuple[Any, ...]] | None = None,
 ) -> Operator:
@@ -47,6 +51,7 @@ def over_batches(
         linearize: whether to trace the product.
         memory_budget: bytes for residuals kept from pass to pass.
         compile: whether to compile the tangent program.
+        check: whether to check the loss, the product and the data ([`Soundness`][hessfunc._soundness.Soundness]).
         vmappable: whether the product runs under ``vmap``.
         extend: ``extend(position, batch)`` gives the arguments of the product from those of the loss; it must return
             the same objects in every pass where the batch is the same object.
@@ -75,13 +80,22 @@ def over_batches(
         memory_budget=memory_budget,
         compile=compile,
     )
+    sound = Soundness(product, loss, params, data, name=name) if check else None
 
     @torch.no_grad()
     def rows(rows: Tensor) -> Tensor:
         total = None
         weights = []
+        seen = Fingerprint()
         for position, (batch, weight) in enumerate(batches):
             arguments = batch if extend is None else extend(position, batch)
+            if sound is not None:
+                if position == 0:
+                    sound.of_batch(
+                        batch, arguments, partial(traced.rows, batch=arguments, position=0, keep=batches.stable)
+                    )
+                if not batches.stable:
+                    seen.add(batch)
             products = traced.rows(rows, arguments, position, keep=batches.stable)
             check_finite(
                 products,
@@ -92,6 +106,8 @@ def over_batches(
                 return products
             total = weight * products if total is None else total.add_(products, alpha=weight)
             weights.append(weight)
+        if sound is not None and not batches.stable:
+            sound.of_pass(seen)
         assert total is not None  # an empty pass raises
         return total.div_(batches.total(weights))
 

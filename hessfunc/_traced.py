@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -55,9 +56,14 @@ class TracedProduct:
         self._programs: dict[Hashable, Linearized] = {}
         self._requests: dict[Hashable, int] = {}
         self._kept: dict[int, _Kept] = {}
+        self._lock = threading.RLock()  # several threads may share an operator, one product at a time
 
     def rows(self, rows: Tensor, batch: tuple[Any, ...], position: int, *, keep: bool) -> Tensor:
         """Products with each row on one batch; ``keep`` says that the batch at this position stays the same object."""
+        with self._lock:
+            return self._locked_rows(rows, batch, position, keep=keep)
+
+    def _locked_rows(self, rows: Tensor, batch: tuple[Any, ...], position: int, *, keep: bool) -> Tensor:
         leaves, spec = tree.flatten(batch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         signature = _signature(leaves, spec)

@@ -18,9 +18,10 @@ LAYERS = {
     "types": ["_typing"],
     "pytrees": ["tree"],
     "checks and probes": ["_checks", "_probes"],
-    "torch put right": ["_decompositions", "_compat", "_recorder", "_simplify", "_linearize"],
+    "torch put right": ["_decompositions", "_explain", "_compat", "_recorder", "_simplify", "_linearize"],
     "products and operators": [
         *("_products", "_traced", "_module", "_restrict", "_data", "_operators", "_batched", "_hessian"),
+        *("_witness", "_fingerprint", "_soundness"),
         *("_likelihood", "_gauss_newton", "_fisher"),
     ],
     "kernels": ["_lanczos", "_power"],
