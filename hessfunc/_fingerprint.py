@@ -40,7 +40,7 @@ class Fingerprint:
 
 
 def explained_difference(data: Any, first: Fingerprint, now: Fingerprint, *, coupled: list[str]) -> str | None:
-    """What makes the products of two passes differ, if the data does; ``coupled`` modules mix the samples of a batch."""
+    """What makes the products of two passes differ, if it is the data; ``coupled`` modules mix samples."""
     if not first.same_content(now):
         return (
             f"data: this pass over the {_described(data)} saw other numbers than the first one, so that each product "

@@ -130,7 +130,7 @@ def fisher(
             an option out of range, or later batches that changed between passes under ``"mc"``.
         TypeError: an integer leaf, an exhausted iterator, batches that do not fit the model, or ``generator`` missing
             or out of place.
-        FloatingPointError: the loss of the first batch, or later a product, is NaN or infinite.
+        NonFiniteError: the loss of the first batch, or later a product, is NaN or infinite.
 
     Warns:
         ProductWarning: the product could not be traced.

@@ -121,7 +121,7 @@ def ggn(
     Raises:
         ValueError: empty data, a criterion that gives no scalar, unclear sample count, an option out of range.
         TypeError: an integer leaf, an exhausted iterator, batches that do not fit the model.
-        FloatingPointError: the loss of the first batch, or later a product, is NaN or infinite.
+        NonFiniteError: the loss of the first batch, or later a product, is NaN or infinite.
 
     Warns:
         ProductWarning: the product could not be traced.

@@ -60,7 +60,7 @@ def hessian(
         ValueError: empty data, non-scalar loss, unclear sample count, an option out of range; later ``check`` found a
             random loss, an asymmetric product, or data that change from pass to pass.
         TypeError: an integer leaf, an exhausted iterator, arguments that do not fit the loss.
-        FloatingPointError: the loss of the first batch, or later a product, is NaN or infinite.
+        NonFiniteError: the loss of the first batch, or later a product, is NaN or infinite.
 
     Warns:
         ProductWarning: the product could not be traced.

@@ -81,7 +81,7 @@ class Soundness:
         layout = tree.Layout.of(self._params)
         # Of its own and seeded, so that no stream of the user's moves.
         generator = torch.Generator().manual_seed(0)
-        u, v = _probes.signs(2, layout.size, generator=generator, dtype=layout.dtype, device=layout.device)
+        u, v = _probes.normal(2, layout.size, generator=generator, dtype=layout.dtype, device=layout.device)
         gap, size = _asymmetry(u, v, rows)
         # Written so that NaN passes: the check for finite products names the batch.
         if not gap > _tolerance(self._witness.eps) * size:

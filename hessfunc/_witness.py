@@ -1,4 +1,4 @@
-"""What a loss does while it runs: which modules draw random numbers or couple samples, and how precisely it computes."""
+"""What a loss does while it runs: which modules draw random numbers or couple samples, and in what precision."""
 
 from __future__ import annotations
 
