@@ -11,7 +11,7 @@ from torch._C import _functorch
 
 from hessfunc import tree
 from hessfunc._checks import check_count, check_finite, check_loss_value, check_params
-from hessfunc._compat import REVERSE_OVER_REVERSE, rerouted
+from hessfunc._compat import REVERSE_ALONE, rerouted
 from hessfunc._data import Batches
 from hessfunc._fingerprint import Fingerprint
 from hessfunc._operators import Operator
@@ -116,13 +116,15 @@ def over_batches(
 
 def _check_first_batch(loss: Loss, params: Params, batches: Batches) -> None:
     batch, _ = next(iter(batches))
-    with torch.no_grad():
+    with torch.enable_grad():  # for a loss that takes derivatives; params are detached, so nothing else is recorded
         try:
-            value = rerouted(loss, REVERSE_OVER_REVERSE)(params, *batch)
+            value = rerouted(loss, REVERSE_ALONE)(params, *batch)
         except TypeError as error:
             raise TypeError(
                 f"loss(params, *batch) failed on the first batch, which holds {len(batch)} item(s): {error}. A tuple "
                 "as data is one batch; a list is several. Does the loss take params first and then these items?"
             ) from error
     check_loss_value(value)
-    check_finite(value, what="the loss of batch 0", remedy="curvature is not defined there; check params and data.")
+    check_finite(
+        value.detach(), what="the loss of batch 0", remedy="curvature is not defined there; check params and data."
+    )

@@ -61,7 +61,8 @@ _NEED_GRAD_MODE = (
 class Order(NamedTuple):
     """An order of differentiation: what to replace for it, and the names of what must be refused.
 
-    ``deeper`` is the order to change to where the loss itself takes derivatives, so that third ones are needed.
+    ``deeper`` is the order to change to where the loss itself takes derivatives, so that third ones are needed; only
+    the products of ``_products`` can, all else takes an order without one (``REVERSE_ALONE`` for a value or gradient).
     """
 
     replacements: dict[Any, Callable[..., Any]]

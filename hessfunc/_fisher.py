@@ -10,7 +10,7 @@ import torch
 from hessfunc import tree
 from hessfunc._batched import over_batches
 from hessfunc._checks import check_choice, check_count, check_generator, check_like, check_params
-from hessfunc._compat import REVERSE_OVER_REVERSE, rerouted
+from hessfunc._compat import REVERSE_ALONE, rerouted
 from hessfunc._data import Batches
 from hessfunc._gauss_newton import Criterion, ModelFn, composed, push_and_pull, split_batch
 from hessfunc._likelihood import Observed, observe
@@ -243,7 +243,7 @@ class _Samples:
     def __init__(
         self, model_fn: ModelFn, criterion: Criterion, params: Params, num_samples: int, generator: torch.Generator
     ) -> None:
-        self._observed = rerouted(lambda *batch: _observed(model_fn, criterion, params, batch), REVERSE_OVER_REVERSE)
+        self._observed = rerouted(lambda *batch: _observed(model_fn, criterion, params, batch), REVERSE_ALONE)
         self._num_samples = num_samples
         self._generator = generator
         self._drawn: list[list[Tensor]] = []

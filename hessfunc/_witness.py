@@ -6,15 +6,17 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hessfunc import tree
-from hessfunc._compat import REVERSE_OVER_REVERSE, rerouted
+from hessfunc._compat import REVERSE_ALONE, rerouted
 from hessfunc._typing import Loss, Params
 
 
 class Witness(TorchDispatchMode):
-    """Watches every operation run inside it.
+    """Watches every operation of a loss.
 
     Attributes:
         random: places that drew random numbers, by the name of a module where there is one.
@@ -34,12 +36,19 @@ class Witness(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
             _note(self.random, str(func))
-        if "batch_norm" in func._schema.name and True in args[5:6]:
-            _note(self.coupled, str(func))
         for leaf in tree.leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
                 self.eps = max(self.eps, torch.finfo(leaf.dtype).eps)
         return result
+
+    def watching(self, loss: Loss) -> Loss:
+        """``loss``, watched."""
+
+        def watched(params: Params, *batch: Any) -> Any:
+            with self, _BatchNorms(self.coupled):
+                return loss(params, *batch)
+
+        return watched
 
     def suspects(self) -> str:
         """A sentence on where the randomness comes from, and what to do about it."""
@@ -54,11 +63,27 @@ class Witness(TorchDispatchMode):
         )
 
 
+class _BatchNorms(TorchFunctionMode):
+    """Notes normalizations by the batch before they are spelled out."""
+
+    def __init__(self, places: list[str]) -> None:
+        super().__init__()
+        self.places = places
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm and (kwargs.get("training") or True in args[5:6]):
+            _note(self.places, "F.batch_norm")
+        return func(*args, **kwargs)
+
+
 def custom_functions(loss: Loss, params: Params, batch: tuple[Any, ...]) -> list[str]:
     """Names of the ``autograd.Function`` classes that the loss calls."""
     with torch.inference_mode(False), torch.enable_grad():
         inputs = tree.map_leaves(lambda p: p.detach().clone().requires_grad_(), params)
-        value = rerouted(loss, REVERSE_OVER_REVERSE)(inputs, *batch)
+        value = rerouted(loss, REVERSE_ALONE)(inputs, *batch)
     names = []
     seen = set()
     pending = [value.grad_fn]
