@@ -105,7 +105,7 @@ class _Rerouting(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _checkpointed():
+        if not torch.compiler.is_compiling() and _checkpointed():
             raise NotImplementedError(CHECKPOINTED)
         order = self.order
         if order.deeper is not None:

@@ -290,8 +290,8 @@ ROWS = {
     "data that change": Row(
         lambda: [H(W) for H in [hf.hessian(lambda p, x: (p * x).pow(4).sum(), W, Growing())] for _ in range(2)],
         ValueError,
-        r"^data: this pass over the Growing saw other numbers than the first one, .* Pass a fixed list of batches, such "
-        r"as list\(loader\)\. check=False leaves this check out\.$",
+        r"^data: this pass over the Growing saw other numbers than the first one, .* Pass a fixed list of batches, "
+        r"such as list\(loader\)\. check=False leaves this check out\.$",
     ),
     # modules
     "no module": Row(
