@@ -6,6 +6,7 @@ from hessfunc._analyze import analyze as analyze
 from hessfunc._blocks import BlockSpectrum as BlockSpectrum
 from hessfunc._blocks import block_spectra as block_spectra
 from hessfunc._checks import ConvergenceWarning as ConvergenceWarning
+from hessfunc._checks import NonFiniteError as NonFiniteError
 from hessfunc._checks import ProductWarning as ProductWarning
 from hessfunc._density import Density as Density
 from hessfunc._diagonal import DiagonalEstimate as DiagonalEstimate

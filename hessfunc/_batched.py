@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from hessfunc import tree
 from hessfunc._checks import check_count, check_finite, check_loss_value, check_params
 from hessfunc._compat import evaluated
 from hessfunc._data import Batches
+from hessfunc._fingerprint import Fingerprint
 from hessfunc._operators import Operator, Rows
+from hessfunc._soundness import Soundness
 from hessfunc._traced import Product, Programs, TracedProduct
 from hessfunc._typing import Batch, Loss, Params, Tensor
 
@@ -30,6 +33,7 @@ def over_batches(
     linearize: bool,
     memory_budget: int | None,
     compile: bool = False,
+    check: bool = True,
     vmappable: bool = True,
     extend: Callable[[int, tuple[Any, ...]], tuple[Any, ...]] | None = None,
 ) -> Operator:
@@ -47,13 +51,14 @@ def over_batches(
         linearize: whether to trace the product.
         memory_budget: bytes for residuals kept from pass to pass.
         compile: whether to compile the tangent program.
+        check: whether to check the loss, the product and the data ([`Soundness`][hessfunc._soundness.Soundness]).
         vmappable: whether the product runs under ``vmap``.
         extend: ``extend(position, batch)`` gives the arguments of the product from those of the loss; it must return
             the same objects in every pass where the batch is the same object.
     """
     programs = Programs(eager=not linearize)
 
-    def at(point: Params) -> Operator:
+    def at(point: Params, check: bool = False) -> Operator:
         params, batches = checked_point(
             loss, point, data, reduction=reduction, count=count, chunk_size=chunk_size, memory_budget=memory_budget
         )
@@ -69,11 +74,12 @@ def over_batches(
             compile=compile,
             vmappable=vmappable,
             extend=extend,
+            sound=Soundness(product, loss, params, data, name=name) if check else None,
         )
         # What extends the batches may depend on the point, as sampled targets do.
         return Operator(params, rows, move=at if extend is None else None)
 
-    return at(params)
+    return at(params, check)
 
 
 def checked_point(
@@ -118,11 +124,13 @@ def summed(
     extend: Callable[[int, tuple[Any, ...]], tuple[Any, ...]] | None = None,
     domain: tree.Layout | None = None,
     image: tree.Layout | None = None,
+    sound: Soundness | None = None,
 ) -> Rows:
     """``product`` summed over the batches with their weights, as a map on flat rows.
 
     It is linear, but need not be from parameters to parameters: ``domain`` and ``image`` say how vectors and results
-    lie where they are of another kind. The other arguments are those of [`over_batches`][].
+    lie where they are of another kind. ``sound`` looks at the first products. The other arguments are those of
+    [`over_batches`][].
     """
     traced = TracedProduct(
         product,
@@ -141,8 +149,16 @@ def summed(
     def rows(rows: Tensor) -> Tensor:
         total = None
         weights = []
+        seen = Fingerprint()
         for position, (batch, weight) in enumerate(batches):
             arguments = batch if extend is None else extend(position, batch)
+            if sound is not None:
+                if position == 0:
+                    sound.of_batch(
+                        batch, arguments, partial(traced.rows, batch=arguments, position=0, keep=batches.stable)
+                    )
+                if not batches.stable:
+                    seen.add(batch)
             products = traced.rows(rows, arguments, position, keep=batches.stable)
             check_finite(
                 products,
@@ -153,6 +169,8 @@ def summed(
                 return products
             total = weight * products if total is None else total.add_(products, alpha=weight)
             weights.append(weight)
+        if sound is not None and not batches.stable:
+            sound.of_pass(seen)
         assert total is not None  # an empty pass raises
         return total.div_(batches.total(weights))
 
@@ -161,13 +179,14 @@ def summed(
 
 def _check_first_batch(loss: Loss, params: Params, batches: Batches) -> None:
     batch, _ = next(iter(batches))
-    with torch.no_grad():
-        try:
-            value = evaluated(loss, params, *batch)
-        except TypeError as error:
-            raise TypeError(
-                f"loss(params, *batch) failed on the first batch, which holds {len(batch)} item(s): {error}. A tuple "
-                "as data is one batch; a list is several. Does the loss take params first and then these items?"
-            ) from error
+    try:
+        value = evaluated(loss, params, *batch)
+    except TypeError as error:
+        raise TypeError(
+            f"loss(params, *batch) failed on the first batch, which holds {len(batch)} item(s): {error}. A tuple "
+            "as data is one batch; a list is several. Does the loss take params first and then these items?"
+        ) from error
     check_loss_value(value)
-    check_finite(value, what="the loss of batch 0", remedy="curvature is not defined there; check params and data.")
+    check_finite(
+        value.detach(), what="the loss of batch 0", remedy="curvature is not defined there; check params and data."
+    )

@@ -19,6 +19,34 @@ class ConvergenceWarning(UserWarning):
     """An iterative method ended short of its tolerance; the result says by how much."""
 
 
+class NonFiniteError(FloatingPointError):
+    """A loss, a product or a sample is NaN or infinite.
+
+    Attributes:
+        partial: what the estimator had computed before: an ``Estimate`` over the probes done from ``hutchinson``, the
+            best ``Eigenpairs`` so far from ``eigsh`` (residuals by the recurrence, not computed anew), a ``Quadrature``
+            over the probes done from ``slq``; ``None`` if there was nothing yet, and from all else.
+
+    Example:
+        >>> import torch, hessfunc as hf
+        >>> bad = hf.as_operator(torch.diag(torch.tensor([1.0, torch.nan])))
+        >>> try:
+        ...     hf.hutchinson(bad, num_probes=4, generator=torch.Generator().manual_seed(0))
+        ... except hf.NonFiniteError as error:
+        ...     print(error.partial)
+        None
+    """
+
+    partial: Any = None
+
+    def keeping(self, partial: Any) -> NonFiniteError:
+        """The same error with what was computed before it."""
+        self.partial = partial
+        if partial is not None:
+            self.args = (f"{self} What was computed before is in this error's .partial, {_short(partial)}.",)
+        return self
+
+
 def check_params(params: Params, *, name: str = "params") -> None:
     """Raise unless ``params`` is a pytree of at least one floating-point tensor, all on one device."""
     named = tree.named_leaves(params)
@@ -145,10 +173,10 @@ def check_data(data: Any) -> None:
 
 
 def check_finite(value: Tensor, *, what: str, remedy: str) -> None:
-    """Raise ``FloatingPointError`` if any entry of ``value`` is NaN or infinite."""
+    """Raise [`NonFiniteError`][hessfunc.NonFiniteError] if any entry of ``value`` is NaN or infinite."""
     # A finite sum rules both out in one pass; it can only overflow on top of that.
     if not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all()):
-        raise FloatingPointError(f"{what} is NaN or infinite; {remedy}")
+        raise NonFiniteError(f"{what} is NaN or infinite; {remedy}")
 
 
 def _outline(value: Params) -> str:
@@ -156,3 +184,8 @@ def _outline(value: Params) -> str:
     shown = ", ".join(repr(name) for name in names[:6])
     more = f", ... ({len(names)} in all)" if len(names) > 6 else ""
     return f"{type(value).__name__} with leaves [{shown}{more}]"
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else f"{'an' if type(value).__name__[0] in 'AEIOU' else 'a'} {type(value).__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from hessfunc import _decompositions as spelled_out
 from hessfunc import tree
+from hessfunc._explain import CHECKPOINTED
 from hessfunc._typing import Tensor
 
 _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
@@ -58,7 +61,8 @@ _NEED_GRAD_MODE = (
 class Order(NamedTuple):
     """An order of differentiation: what to replace for it, and the names of what must be refused.
 
-    ``deeper`` is the order to change to where the loss itself takes derivatives, so that third ones are needed.
+    ``deeper`` is the order to change to where the loss itself takes derivatives, so that third ones are needed; only
+    the products of ``_products`` can, all else takes an order without one (``REVERSE_ALONE`` for a value or gradient).
     """
 
     replacements: dict[Any, Callable[..., Any]]
@@ -101,6 +105,8 @@ class _Rerouting(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not torch.compiler.is_compiling() and _checkpointed():
+            raise NotImplementedError(CHECKPOINTED)
         order = self.order
         if order.deeper is not None:
             if func is torch.autograd.grad:
@@ -117,6 +123,26 @@ class _Rerouting(TorchFunctionMode):
         if torch.is_grad_enabled():
             return result
         return tree.map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, result)
+
+
+def _checkpointed() -> bool:
+    """Whether gradient checkpointing runs this operation.
+
+    Under torch.func it fails by itself. In double backward it would run the operation again after a functional module
+    has its own parameters back (the variant with hooks on saved tensors), or take parameters for constants (the
+    reentrant one, which shows in the call stack alone).
+    """
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None:
+        return "checkpoint" in getattr(hooks[0], "__qualname__", "")
+    if torch.is_grad_enabled():
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _name(func: Any) -> str:

@@ -13,6 +13,7 @@ from hessfunc import _probes
 from hessfunc._certify import certified, given_rows, tolerances
 from hessfunc._checks import (
     ConvergenceWarning,
+    NonFiniteError,
     check_choice,
     check_count,
     check_generator,
@@ -78,7 +79,7 @@ def eigsh(
 
     Raises:
         ValueError, TypeError: an option is out of range, or ``v0`` is not like the parameters.
-        FloatingPointError: a product or ``v0`` is NaN or infinite.
+        NonFiniteError: a product or ``v0`` is NaN or infinite; its ``partial`` holds the best pairs so far.
 
     Warns:
         ConvergenceWarning: fewer than k pairs met the tolerance, or ``max_matvecs`` ended the search for missed ones;
@@ -115,7 +116,10 @@ def eigsh(
         goal = _Goal(k, which, tol, max_matvecs - k)
         basis = KrylovBasis(H, max_basis, block_size, generator)
         basis.begin(_start_rows(H, v0, block_size, generator))
-        found = _solve(basis, goal, verify_steps)
+        try:
+            found = _solve(basis, goal, verify_steps)
+        except NonFiniteError as error:
+            raise error.keeping(_partial(basis, goal)) from None
         del basis  # makes room for the products with the result
         spent = found.num_matvecs + k
         pairs = certified(H, found.rows, which=which, tol=tol, scale=found.scale, num_matvecs=spent)
@@ -150,6 +154,23 @@ class _Found(NamedTuple):
     scale: float
     num_matvecs: int
     verified: bool
+
+
+def _partial(basis: KrylovBasis, goal: _Goal) -> Eigenpairs | None:
+    """The best pairs so far, as the recurrence has them."""
+    if not basis.count:
+        return None
+    H, order = basis.operator, goal.order(basis)[: goal.k]
+    values, residuals = basis.ritz_values[order], basis.residuals[order]
+    converged = residuals <= tolerances(values, basis.scale, goal.tol, basis.dtype)
+    rows = basis.ritz_rows(order)
+    return Eigenpairs(
+        torch.from_numpy(values).to(rows),
+        H.layout.unravel_rows(rows),
+        torch.from_numpy(residuals).to(rows),
+        torch.from_numpy(converged).to(H.device),
+        basis.num_matvecs,
+    )
 
 
 def wanted(values: np.ndarray, which: str) -> np.ndarray:

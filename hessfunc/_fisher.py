@@ -101,6 +101,7 @@ def fisher(
     chunk_size: int | None = None,
     linearize: bool = True,
     memory_budget: int | None = None,
+    check: bool = True,
 ) -> Operator:
     """The Fisher matrix at ``params`` over all of ``data``, as a matvec.
 
@@ -127,13 +128,14 @@ def fisher(
         chunk_size: largest number of vectors to push through one batch together.
         linearize: trace the product once for each shape of batch.
         memory_budget: bytes to spend on what one pass over the data leaves for the next.
+        check: look at the first products for randomness, asymmetry and data that change.
 
     Raises:
         ValueError: empty data, a criterion that is no known log-likelihood or whose own reduction is not ``reduction``,
             an option out of range, or later batches that changed between passes under ``"mc"``.
         TypeError: an integer leaf, an exhausted iterator, batches that do not fit the model, or ``generator`` missing
             or out of place.
-        FloatingPointError: the loss of the first batch, or later a product, is NaN or infinite.
+        NonFiniteError: the loss of the first batch, or later a product, is NaN or infinite.
 
     Warns:
         ProductWarning: the product could not be traced.
@@ -178,6 +180,7 @@ def fisher(
         chunk_size=chunk_size,
         linearize=linearize,
         memory_budget=memory_budget,
+        check=check,
         extend=samples,
     )
     if samples is not None:

@@ -21,12 +21,15 @@ from hessfunc._compat import (
     is_tracked,
     rerouted,
 )
+from hessfunc._explain import explained
 from hessfunc._operators import Operator
 from hessfunc._products import hvp, hvp_unchecked
 from hessfunc._typing import Batch, Loss, Params, Tensor
 
 ModelFn = Callable[..., Any]
 """``model_fn(params, *inputs) -> outputs``, a floating-point tensor or a pytree of such."""
+
+_WAY_OUT = "Write that operation in others; for the Hessian alone, hessfunc.hvp_double_backward needs no forward mode."
 
 Criterion = Callable[..., Tensor]
 """``criterion(outputs, target) -> scalar``."""
@@ -95,6 +98,7 @@ def ggn(
     chunk_size: int | None = None,
     linearize: bool = True,
     memory_budget: int | None = None,
+    check: bool = True,
 ) -> Operator:
     """The generalized Gauss-Newton matrix at ``params`` over all of ``data``, as a matvec.
 
@@ -118,11 +122,12 @@ def ggn(
         chunk_size: largest number of vectors to push through one batch together.
         linearize: trace the product once for each shape of batch.
         memory_budget: bytes to spend on what one pass over the data leaves for the next.
+        check: look at the first products for randomness, asymmetry and data that change.
 
     Raises:
         ValueError: empty data, a criterion that gives no scalar, unclear sample count, an option out of range.
         TypeError: an integer leaf, an exhausted iterator, batches that do not fit the model.
-        FloatingPointError: the loss of the first batch, or later a product, is NaN or infinite.
+        NonFiniteError: the loss of the first batch, or later a product, is NaN or infinite.
 
     Warns:
         ProductWarning: the product could not be traced.
@@ -150,6 +155,7 @@ def ggn(
         chunk_size=chunk_size,
         linearize=linearize,
         memory_budget=memory_budget,
+        check=check,
     )
 
 
@@ -226,7 +232,7 @@ def _push_and_pull(
     try:
         result: Any = torch.func.vjp(run, params, has_aux=True)
     except RuntimeError as error:
-        raise _explained(error) from error
+        raise explained(error, subject="model", remedy=_WAY_OUT) from error
     outputs, pullback, (tangents, aux) = result
     if not deeper and any(is_tracked(leaf) for leaf in [*tree.leaves(outputs), *tree.leaves(tangents)]):
         raise _TrackedError
@@ -247,7 +253,7 @@ def push(model: Callable[[Params], tuple[Any, Any]], params: Params, v: Params) 
         except DeeperError:
             result = run(ANY_ORDER)
     except RuntimeError as error:
-        raise _explained(error) from error
+        raise explained(error, subject="model", remedy=_WAY_OUT) from error
     outputs, tangents, aux = tree.detach(result)
     return outputs, tangents, aux
 
@@ -263,13 +269,3 @@ def pull(model: Callable[[Params], tuple[Any, Any]], params: Params, cotangents:
     except DeeperError:
         outputs, pullback, aux = run(REVERSE_ALONE)
     return pullback(tree.detach(cotangents(outputs.detach(), aux)), retain_graph=False, create_graph=False)[0]
-
-
-def _explained(error: RuntimeError) -> RuntimeError:
-    cause = str(error).split(". ")[0].splitlines()[0]
-    if "forward AD" not in cause and "forward mode AD" not in cause:
-        return error
-    return NotImplementedError(
-        f"the model uses an operation without forward-mode derivatives: {cause}. Write that operation in others; for "
-        "the Hessian alone, hessfunc.hvp_double_backward needs no forward mode."
-    )

@@ -24,6 +24,7 @@ def hessian(
     linearize: bool = True,
     memory_budget: int | None = None,
     compile: bool = False,
+    check: bool = True,
 ) -> Operator:
     """The Hessian of ``loss`` at ``params`` over all of ``data``, as a matvec.
 
@@ -55,11 +56,16 @@ def hessian(
             evaluated again; by default a quarter of the free memory. Batches of a DataLoader are not kept.
         compile: compile what depends on the vector with ``torch.compile``, which takes a minute or so for each
             shape of batch and a compiler on the machine; the first product is checked against the eager one.
+        check: find out at the first product whether the loss gives the same value twice and whether the product is
+            symmetric, and in each pass over a loader whether it yields what it did in the first. Costs two evaluations
+            of the loss and two products on the first batch, which no ``num_matvecs`` counts, and a sum over the data
+            per pass over a loader. Rounding is not taken for asymmetry.
 
     Raises:
-        ValueError: empty data, non-scalar loss, unclear sample count, an option out of range.
+        ValueError: empty data, non-scalar loss, unclear sample count, an option out of range; later ``check`` found a
+            random loss, an asymmetric product, or data that change from pass to pass.
         TypeError: an integer leaf, an exhausted iterator, arguments that do not fit the loss.
-        FloatingPointError: the loss of the first batch, or later a product, is NaN or infinite.
+        NonFiniteError: the loss of the first batch, or later a product, is NaN or infinite.
 
     Warns:
         ProductWarning: the product could not be traced.
@@ -85,5 +91,6 @@ def hessian(
         linearize=linearize,
         memory_budget=memory_budget,
         compile=compile,
+        check=check,
         vmappable=product is not hvp_double_backward,
     )

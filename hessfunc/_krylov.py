@@ -9,7 +9,7 @@ import torch
 
 from hessfunc import _probes
 from hessfunc._certify import certified
-from hessfunc._checks import ConvergenceWarning, check_choice, check_count, check_positive
+from hessfunc._checks import ConvergenceWarning, NonFiniteError, check_choice, check_count, check_positive
 from hessfunc._deflation import leaf_sums
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._eigsh import WHICH, wanted
@@ -134,6 +134,7 @@ def krylov(
 
     Raises:
         ValueError: an option is out of range.
+        NonFiniteError: a product is NaN or infinite; its ``partial`` is the quadrature of the first probe.
 
     Example:
         >>> import torch, hessfunc as hf
@@ -151,7 +152,11 @@ def krylov(
         if num_probes == 1 and not pairs.consistent(which, H.size):
             which = which[:0]
         found = pairs.select(which, H.size)
-        rest = run_deflated(H, found, probes[1:], num_steps, reorthogonalize, chunk_size)
+        try:
+            rest = run_deflated(H, found, probes[1:], num_steps, reorthogonalize, chunk_size)
+        except NonFiniteError as error:
+            alone = _pilot_row(pairs, found.subset(which < 0), which[:0], which[:0] > 0, H.size, num_steps)
+            raise error.keeping(Quadrature(*alone, H.size, num_steps, num_steps, num_exact=0)) from None
         repeated = found.repeated(rest.nodes, rest.weights, H.size)
         simple = ~repeated if pairs.consistent(which[~repeated], H.size) else torch.zeros_like(repeated)
         own = found.subset(simple)

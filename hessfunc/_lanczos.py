@@ -9,7 +9,7 @@ import scipy.linalg
 import torch
 
 from hessfunc import tree
-from hessfunc._checks import check_choice, check_count, check_params
+from hessfunc._checks import NonFiniteError, check_choice, check_count, check_params
 from hessfunc._typing import Matvec, Params, Tensor
 
 _BLOCK = 16
@@ -128,7 +128,7 @@ def eigh_tridiagonal(alphas: Tensor, betas: Tensor) -> TridiagonalEigen:
 
     Raises:
         ValueError: the shapes do not fit together.
-        FloatingPointError: an entry is NaN or infinite.
+        NonFiniteError: an entry is NaN or infinite.
 
     Example:
         >>> import torch, hessfunc as hf
@@ -143,7 +143,7 @@ def eigh_tridiagonal(alphas: Tensor, betas: Tensor) -> TridiagonalEigen:
     diagonals = alphas.detach().cpu().double().numpy().reshape(-1, m)
     off_diagonals = betas.detach().cpu().double().numpy().reshape(len(diagonals), max(m - 1, 0))
     if not (np.isfinite(diagonals).all() and np.isfinite(off_diagonals).all()):
-        raise FloatingPointError("alphas or betas are NaN or infinite; a product of the operator was not finite.")
+        raise NonFiniteError("alphas or betas are NaN or infinite; a product of the operator was not finite.")
     pairs = [scipy.linalg.eigh_tridiagonal(d, e) for d, e in zip(diagonals, off_diagonals, strict=True)]
     values = np.stack([values for values, _ in pairs]).reshape(alphas.shape)
     vectors = np.stack([vectors for _, vectors in pairs]).reshape(*alphas.shape, m)

@@ -28,6 +28,7 @@ class Linearized:
         result: what the traced run itself returned.
         random: names of the operations in it that draw random numbers.
         mean_elements: mean number of entries that an operation produces.
+        eps: rounding unit of the coarsest dtype that it computes with.
         convolves: whether there are convolutions among the operations.
         constants: tensors that the function closes over.
     """
@@ -40,6 +41,8 @@ class Linearized:
         self.random = tuple(recording.random)
         self.mean_elements = sum(recording.elements) / max(len(recording.elements), 1)
         self.convolves = any("convolution" in str(node.target) for node in _body(recording))
+        dtypes = {value.dtype for value in recording.values.values() if value.dtype.is_floating_point}
+        self.eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         self.constants = list(recording.constants.values())
         simplify(recording)
         reassociate(recording)

@@ -20,6 +20,7 @@ from hessfunc._compat import (
     is_tracked,
     rerouted,
 )
+from hessfunc._explain import explained
 from hessfunc._typing import Loss, Params, Tensor
 
 
@@ -139,7 +140,13 @@ def _forward_over_reverse(loss: Loss, params: Params, v: Params, batch: tuple[An
     except _TrackedError:
         return _reverse_over_forward(loss, params, v, batch)
     except RuntimeError as error:
-        raise _explained(error) from error
+        if _is_about_dtypes(error):  # autocast inside the loss is over when the backward pass and its tangent run
+            return _reverse_over_forward(loss, params, v, batch)
+        raise explained(error) from error
+
+
+def _is_about_dtypes(error: RuntimeError) -> bool:
+    return any(word in str(error) for word in ("same dtype", "scalar type", "should be the same", "expected dtype"))
 
 
 def _reverse_over_forward(loss: Loss, params: Params, v: Params, batch: tuple[Any, ...]) -> Params:
@@ -149,35 +156,29 @@ def _reverse_over_forward(loss: Loss, params: Params, v: Params, batch: tuple[An
         again = is_tracked(slope) or differentiated_outside([*tree.leaves(params), *tree.leaves(v)])
         return pullback(torch.ones_like(slope), retain_graph=again, create_graph=again)[0]
     except RuntimeError as error:
-        raise _explained(error) from error
+        raise explained(error) from error
 
 
 def _double_backward(loss: Loss, params: Params, v: Params, batch: tuple[Any, ...], order: Order) -> Params:
     leaves, spec = tree.flatten(params)
     safe = rerouted(lambda p: _checked_loss(loss, p, batch), order)
-    with torch.enable_grad():
-        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-        value = safe(tree.unflatten(inputs, spec))
-        if not value.requires_grad:
-            return tree.map_leaves(torch.zeros_like, params)
-        gradient = torch.autograd.grad(value, inputs, create_graph=True, materialize_grads=True)
-        curved = [(g, t.detach()) for g, t in zip(gradient, tree.leaves(v), strict=True) if g.requires_grad]
-        if not curved:
-            return tree.map_leaves(torch.zeros_like, params)
-        outputs, tangents = zip(*curved, strict=True)
-        products = torch.autograd.grad(outputs, inputs, tangents, materialize_grads=True)
+    # In inference mode nothing is recorded whatever grad mode says, and all would be zero.
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = [(leaf.clone() if leaf.is_inference() else leaf.detach()).requires_grad_() for leaf in leaves]
+        try:
+            return _double_backward_of(safe, inputs, tree.leaves(v), spec)
+        except RuntimeError as error:
+            raise explained(error) from error
+
+
+def _double_backward_of(safe: Loss, inputs: list[Tensor], v: list[Tensor], spec: Any) -> Params:
+    value = safe(tree.unflatten(inputs, spec))
+    if not value.requires_grad:
+        return tree.unflatten([torch.zeros_like(leaf).detach() for leaf in inputs], spec)
+    gradient = torch.autograd.grad(value, inputs, create_graph=True, materialize_grads=True)
+    curved = [(g, t.detach()) for g, t in zip(gradient, v, strict=True) if g.requires_grad]
+    if not curved:
+        return tree.unflatten([torch.zeros_like(leaf).detach() for leaf in inputs], spec)
+    outputs, tangents = zip(*curved, strict=True)
+    products = torch.autograd.grad(outputs, inputs, tangents, materialize_grads=True)
     return tree.unflatten([product.detach() for product in products], spec)
-
-
-def _explained(error: RuntimeError) -> RuntimeError:
-    cause = str(error).split(". ")[0].splitlines()[0]
-    if "forward AD" in cause:
-        problem = "uses an operation without forward-mode derivatives"
-    elif "requires_grad_()" in cause:
-        problem = "takes derivatives on torch's own tape, which torch.func forbids (torch.func.grad would do)"
-    else:
-        return error
-    return NotImplementedError(
-        f"the loss {problem}: {cause}. Use hessfunc.hvp_double_backward; for an operator, "
-        "product=hessfunc.hvp_double_backward."
-    )

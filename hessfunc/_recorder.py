@@ -104,7 +104,8 @@ class _Recorder(TorchDispatchMode):
             return result
         results = [leaf for leaf in tree.leaves(result) if leaf is not None]
         tags = func.tags
-        if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
+        dynamic = torch.Tag.dynamic_output_shape in tags and not _picks_by_number(func, args)
+        if dynamic or torch.Tag.data_dependent_output in tags:
             raise NotRecordableError(f"the values of a tensor decide on shapes or on the way taken ({func})")
         if any(not isinstance(leaf, torch.Tensor) for leaf in results):
             raise NotRecordableError(f"{func} reads a Python value out of a tensor")
@@ -158,6 +159,13 @@ class _Recorder(TorchDispatchMode):
                 for tensor in tree.leaves(value):
                     if isinstance(tensor, torch.Tensor):
                         self.recording.mutations.append((node, self.recording.storage[self.node_of(tensor)]))
+
+
+def _picks_by_number(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether this is ``x[i]`` with integers in ``i``: only a mask makes a shape that depends on values."""
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1])
 
 
 def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hessfunc._checks import check_choice, check_count, check_generator
+from hessfunc._checks import NonFiniteError, check_choice, check_count, check_generator
 from hessfunc._deflation import leaf_sums
 from hessfunc._lanczos import eigh_tridiagonal, lanczos
 from hessfunc._operators import Operator
@@ -39,7 +39,11 @@ def run_deflated(
 
 
 def run_probes(H: Operator, probes: Tensor, num_steps: int, reorthogonalize: str, chunk_size: int | None) -> Runs:
-    """Lanczos runs from the rows of ``probes``, each chunk in lockstep: one pass over the data per step."""
+    """Lanczos runs from the rows of ``probes``, each chunk in lockstep: one pass over the data per step.
+
+    Raises:
+        NonFiniteError: a product is NaN or infinite; its ``partial`` are the ``Runs`` of the chunks before.
+    """
     if probes.shape[0] == 0:
         empty = torch.empty(0, num_steps, dtype=torch.float64)
         return Runs(empty, empty, empty.new_empty(0, len(H.layout.sizes)))
@@ -48,15 +52,22 @@ def run_probes(H: Operator, probes: Tensor, num_steps: int, reorthogonalize: str
         run = lanczos(continued(H, product), unit, num_steps, reorthogonalize=reorthogonalize)
         return run.alphas, run.betas
 
-    pieces = []
+    pieces: list[Runs] = []
     for chunk in probes.split(chunk_size or probes.shape[0]):
         units = normalized(chunk)
-        products = H.rows(units)
-        alphas, betas = torch.func.vmap(one)(units, products)
-        ritz = eigh_tridiagonal(alphas, betas)
-        pieces.append((ritz.eigenvalues, ritz.eigenvectors[:, 0].square(), leaf_sums(units * products, H)))
-    nodes, weights, shares = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return Runs(nodes, weights, shares)
+        try:
+            products = H.rows(units)
+            alphas, betas = torch.func.vmap(one)(units, products)
+            ritz = eigh_tridiagonal(alphas, betas)
+        except NonFiniteError as error:
+            error.partial = _joined(pieces) if pieces else None  # the caller makes a quadrature of them
+            raise
+        pieces.append(Runs(ritz.eigenvalues, ritz.eigenvectors[:, 0].square(), leaf_sums(units * products, H)))
+    return _joined(pieces)
+
+
+def _joined(pieces: list[Runs]) -> Runs:
+    return Runs(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
 def deflated_rows(values: Tensor, rest: Runs, size: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from hessfunc import tree
 from hessfunc._checks import check_loss_value, check_params, check_positive
-from hessfunc._compat import REVERSE_ALONE, REVERSE_OVER_REVERSE, DeeperError, rerouted
+from hessfunc._compat import REVERSE_ALONE, rerouted
 from hessfunc._diagonal import frobenius_squared
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._eigsh import eigsh
@@ -107,12 +107,8 @@ def sam_ascent(loss: Loss, params: Params, *batch: Any, rho: float = 0.05) -> tu
         check_loss_value(value)
         return value
 
-    safe = rerouted(checked, REVERSE_OVER_REVERSE)
-    try:
-        gradient, value = torch.func.grad_and_value(safe)(params)
-    except DeeperError:
-        safe = rerouted(checked, REVERSE_ALONE)
-        gradient, value = torch.func.grad_and_value(safe)(params)
+    safe = rerouted(checked, REVERSE_ALONE)
+    gradient, value = torch.func.grad_and_value(safe)(params)
     norm = tree.norm(gradient)
     inverse = torch.where(norm == 0, torch.zeros_like(norm), rho / torch.where(norm == 0, torch.ones_like(norm), norm))
     step = tree.map_leaves(lambda leaf: (inverse * leaf).to(leaf.dtype), gradient)

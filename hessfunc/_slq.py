@@ -7,13 +7,13 @@ import warnings
 import torch
 
 from hessfunc import _probes
-from hessfunc._checks import ConvergenceWarning
+from hessfunc._checks import ConvergenceWarning, NonFiniteError
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._krylov import krylov
 from hessfunc._operators import Operator
 from hessfunc._outliers import from_eigenpairs, no_outliers
 from hessfunc._quadrature import Quadrature
-from hessfunc._runs import check_options, deflated_rows, run_deflated
+from hessfunc._runs import Runs, check_options, deflated_rows, run_deflated
 
 BASIS_BYTES = 2**32
 """Largest basis, ``num_steps`` vectors, that the search for exact outliers takes without being asked."""
@@ -69,6 +69,8 @@ def slq(
     Raises:
         ValueError: an option is out of range or not known, ``deflate`` does not fit ``H``, or both ``deflate`` and
             ``exact_outliers`` are asked for.
+        NonFiniteError: a product is NaN or infinite; its ``partial`` is the quadrature of the probes done before, those
+            of whole chunks.
 
     Warns:
         ConvergenceWarning: exact outliers or deflation were asked for, and no pair has converged.
@@ -107,10 +109,16 @@ def slq(
         outliers = no_outliers(H) if deflate is None else from_eigenpairs(deflate, H)
         if deflate is not None and not len(outliers.values):
             _warn("no pair in deflate has converged, so nothing is deflated; raise eigsh's max_matvecs or tol.")
-        runs = run_deflated(H, outliers, probes, num_steps, reorthogonalize, chunk_size)
-        nodes, weights = deflated_rows(outliers.values, runs, H.size)
-    spent = num_probes * num_steps + (deflate is not None)
-    return Quadrature(nodes, weights, H.size, num_steps, spent, num_exact=len(outliers.values))
+
+        def quadrature(runs: Runs) -> Quadrature:
+            nodes, weights = deflated_rows(outliers.values, runs, H.size)
+            spent = len(nodes) * num_steps + (deflate is not None)
+            return Quadrature(nodes, weights, H.size, num_steps, spent, num_exact=len(outliers.values))
+
+        try:
+            return quadrature(run_deflated(H, outliers, probes, num_steps, reorthogonalize, chunk_size))
+        except NonFiniteError as error:
+            raise error.keeping(error.partial and quadrature(error.partial)) from None
 
 
 def _warn(message: str) -> None:

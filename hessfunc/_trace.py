@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hessfunc._checks import check_count, check_finite, check_generator
+from hessfunc._checks import NonFiniteError, check_count, check_finite, check_generator
 from hessfunc._deflation import Deflation
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._estimate import Estimate
@@ -75,7 +75,7 @@ def hutchinson(
     Raises:
         ValueError: an option is out of range, both or neither of ``num_probes`` and a tolerance are given, or
             ``deflate`` does not fit ``H``.
-        FloatingPointError: a product is NaN or infinite.
+        NonFiniteError: a product is NaN or infinite; its ``partial`` is the estimate over the chunks done before.
 
     Warns:
         ConvergenceWarning: ``max_probes`` did not reach the tolerance; the message says what was reached.
@@ -101,16 +101,9 @@ def hutchinson(
         count, goal = 0, stopping.first
         while True:
             for probes in draw(H, goal - count, sampler, chunk, generator):
-                parts.append(known.samples(H, probes))
-                check_samples(parts[-1])
+                parts.append(_checked_samples(H, known, probes, parts))
             count = goal
-            leaf_samples = torch.cat(parts)
-            estimate = Estimate.of(
-                leaf_samples.sum(1),
-                num_matvecs=count + known.num_matvecs,
-                leaf_samples=leaf_samples,
-                leaf_names=H.layout.names,
-            )
+            estimate = _estimate(H, known, parts)
             following = stopping.following(estimate, count)
             if following is None:
                 break
@@ -122,6 +115,25 @@ def hutchinson(
         stacklevel=2,
     )
     return estimate
+
+
+def _checked_samples(H: Operator, known: Deflation, probes: Tensor, parts: list[Tensor]) -> Tensor:
+    try:
+        samples = known.samples(H, probes)
+        check_samples(samples)
+    except NonFiniteError as error:
+        raise error.keeping(_estimate(H, known, parts) if parts else None) from None
+    return samples
+
+
+def _estimate(H: Operator, known: Deflation, parts: list[Tensor]) -> Estimate:
+    leaf_samples = torch.cat(parts)
+    return Estimate.of(
+        leaf_samples.sum(1),
+        num_matvecs=len(leaf_samples) + known.num_matvecs,
+        leaf_samples=leaf_samples,
+        leaf_names=H.layout.names,
+    )
 
 
 def chunk_length(H: Operator, chunk_size: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -76,9 +77,14 @@ class TracedProduct:
         self._programs = programs
         self._strides = tuple(leaf.stride() for leaf in self._params)
         self._kept: dict[int, _Kept] = {}
+        self._lock = threading.RLock()  # several threads may share an operator, one product at a time
 
     def rows(self, rows: Tensor, batch: tuple[Any, ...], position: int, *, keep: bool) -> Tensor:
         """Products with each row on one batch; ``keep`` says that the batch at this position stays the same object."""
+        with self._lock:
+            return self._locked_rows(rows, batch, position, keep=keep)
+
+    def _locked_rows(self, rows: Tensor, batch: tuple[Any, ...], position: int, *, keep: bool) -> Tensor:
         leaves, spec = tree.flatten(batch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         shapes = _signature(leaves, spec)
@@ -147,20 +153,15 @@ class TracedProduct:
         if bool(torch.isfinite(program.result).all()):
             residuals = program.residuals(primals)
             replayed = program.apply(primals, residuals, rows)
-            if not self._agree(replayed, program.result):
+            if not _agree(replayed, program.result, program.eps):
                 # A vector without curvature has a product of nothing but rounding errors: another one decides.
                 other = torch.linspace(1, 2 * rows.numel(), rows.numel(), dtype=rows.dtype, device=rows.device)
                 other = other.reshape(rows.shape).cos()
-                if not self._agree(program.apply(primals, residuals, other), function(*primals, other)):
+                if not _agree(program.apply(primals, residuals, other), function(*primals, other), program.eps):
                     self._give_up("the replayed product differs from the eager one")
                     return None, rows
             return program, replayed  # as all products after it
         return program, program.result
-
-    def _agree(self, replayed: Tensor, eager: Tensor) -> bool:
-        eps = max(torch.finfo(dtype).eps for dtype in self._layout.dtypes)
-        difference = torch.linalg.vector_norm(replayed - eager)
-        return bool(difference <= min(100 * eps**0.75, 0.1) * torch.linalg.vector_norm(eager))
 
     def _give_up(self, reason: str) -> None:
         self._programs.eager = True
@@ -223,6 +224,11 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 1 << 30
+
+
+def _agree(replayed: Tensor, eager: Tensor, eps: float) -> bool:
+    difference = torch.linalg.vector_norm(replayed - eager)
+    return bool(difference <= min(100 * eps**0.75, 0.1) * torch.linalg.vector_norm(eager))
 
 
 def _versions(program: Linearized, primals: list[Tensor]) -> list[int]:

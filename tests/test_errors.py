@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from helpers import seeded
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import hessfunc as hf
 
 PACKAGE = Path(hf.__file__).parent
 MODULES = [
     *("_checks", "_products", "_compat", "_decompositions", "_module", "_restrict", "_data", "_operators"),
-    *("_batched", "_lanczos", "_power"),
+    *("_batched", "_lanczos", "_power", "_explain", "_witness", "_fingerprint", "_soundness"),
 ]
 # Raised and caught inside, to start a product anew in another order.
 INTERNAL = {"DeeperError", "_TrackedError"}
@@ -48,6 +49,39 @@ def scripted():
 def physics(p):
     z = torch.ones(2, requires_grad=False).requires_grad_()
     return torch.autograd.grad((p * z**2).sum(), z, create_graph=True)[0].square().sum()
+
+
+class Skewed(torch.autograd.Function):
+    """A linear map whose backward pass is not its transpose."""
+
+    @staticmethod
+    def forward(x):
+        return torch.stack([x[0] ** 2 + x[1], x[1]])
+
+    @staticmethod
+    def setup_context(ctx, inputs, _output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return torch.stack([2 * x[0] * gradient[0], gradient[1]])
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (x,) = ctx.saved_tensors
+        return torch.stack([2 * x[0] * tangent[0] + tangent[1], tangent[1]])
+
+
+class Growing:
+    """One batch, larger in each pass."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([(self.passes * torch.ones(3, 2),)])
 
 
 ROWS = {
@@ -170,7 +204,7 @@ ROWS = {
     ),
     "loss not finite": Row(
         lambda: hf.hessian(lambda p: (p - 3).sum().log(), W),
-        FloatingPointError,
+        hf.NonFiniteError,
         r"^the loss of batch 0 is NaN or infinite; curvature is not defined there; check params and data",
     ),
     "loss arguments": Row(
@@ -181,7 +215,7 @@ ROWS = {
     ),
     "product not finite": Row(
         lambda: hf.hessian(lambda p: p.abs().pow(1.5).sum(), W * 0)(W),
-        FloatingPointError,
+        hf.NonFiniteError,
         r"^the Hessian-vector product on batch 0 is NaN or infinite; look at the loss and its gradient there",
     ),
     # operations
@@ -228,6 +262,36 @@ ROWS = {
         lambda: hf.hvp(lambda p: F.mse_loss(p, W, reduction="max"), W, W),
         ValueError,
         r"^reduction='max' is not known; expected 'mean', 'sum' or 'none'",
+    ),
+    "no second derivative": Row(
+        lambda: hf.hvp_double_backward(lambda p: torch.cdist(p.reshape(1, 2), W.reshape(1, 2)).sum(), W + 1, W),
+        NotImplementedError,
+        r"^the loss uses an operation without a second derivative in torch: .*_cdist_backward.*Write it in other "
+        r"operations",
+    ),
+    "gradient checkpointing": Row(
+        lambda: hf.hvp_double_backward(lambda p: checkpoint(torch.tanh, p, use_reentrant=False).sum(), W, W),
+        NotImplementedError,
+        r"^the loss uses gradient checkpointing, which cannot be differentiated twice. Switch it off",
+    ),
+    # the checks at the first product
+    "random loss": Row(
+        lambda: hf.hessian(lambda p: (p * F.dropout(torch.ones(64).outer(p), 0.5)).square().sum(), W)(W),
+        ValueError,
+        r"^the loss is not deterministic: on one batch it is .* and then .* It draws random numbers in aten.bernoulli.*"
+        r"Call model.eval\(\) if that is dropout.*check=False leaves this check out\.$",
+    ),
+    "asymmetric product": Row(
+        lambda: hf.hessian(lambda p: Skewed.apply(p).square().sum(), W)(W),
+        ValueError,
+        r"^the Hessian-vector product is not symmetric: .* differ by .* of their size on the first batch.*It calls the "
+        r"autograd.Function Skewed\. .*check=False leaves this check out\.$",
+    ),
+    "data that change": Row(
+        lambda: [H(W) for H in [hf.hessian(lambda p, x: (p * x).pow(4).sum(), W, Growing())] for _ in range(2)],
+        ValueError,
+        r"^data: this pass over the Growing saw other numbers than the first one, .* Pass a fixed list of batches, "
+        r"such as list\(loader\)\. check=False leaves this check out\.$",
     ),
     # modules
     "no module": Row(
@@ -395,7 +459,7 @@ ROWS = {
     ),
     "tridiagonal values": Row(
         lambda: hf.eigh_tridiagonal(W * float("nan"), W[:1]),
-        FloatingPointError,
+        hf.NonFiniteError,
         r"^alphas or betas are NaN or infinite; a product of the operator was not finite",
     ),
 }

@@ -18,9 +18,12 @@ LAYERS = {
     "types": ["_typing"],
     "pytrees": ["tree"],
     "checks and probes": ["_checks", "_probes"],
-    "torch put right": ["_decompositions", "_compat", "_recorder", "_simplify", "_zeros", "_reassociate", "_linearize"],
+    "torch put right": [
+        *("_decompositions", "_explain", "_compat", "_recorder", "_simplify", "_zeros", "_reassociate", "_linearize"),
+    ],
     "products and operators": [
         *("_products", "_traced", "_module", "_restrict", "_data", "_operators", "_batched", "_hessian"),
+        *("_witness", "_fingerprint", "_soundness"),
         *("_likelihood", "_gauss_newton", "_fisher", "_positions", "_hierarchy"),
     ],
     "kernels": ["_lanczos", "_power"],
