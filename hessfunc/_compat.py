@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +43,7 @@ _FUSED: dict[Any, Callable[..., Any]] = {
 }
 
 # By name, since one operation is a function, a method and a member of torch.linalg.
-_WRONG_IN_FORWARD_MODE = frozenset({"scatter_reduce", "scatter_reduce_", "triangular_solve"})
+_WRONG_IN_ONE_THREAD = frozenset({"scatter_reduce", "scatter_reduce_", "triangular_solve"})
 _RIGHT_IN_FORWARD_OVER_REVERSE_ALONE = frozenset(
     {
         *("batch_norm", "instance_norm", "layer_norm", "native_batch_norm", "native_layer_norm"),
@@ -73,14 +75,12 @@ class Order(NamedTuple):
 
 ANY_ORDER = Order(
     {**_REPLACEMENTS, **_FUSED},
-    _WRONG_IN_FORWARD_MODE | _RIGHT_IN_FORWARD_OVER_REVERSE_ALONE,
+    _WRONG_IN_ONE_THREAD | _RIGHT_IN_FORWARD_OVER_REVERSE_ALONE,
     "use hessfunc.hvp without differentiating it further, or an equivalent (linalg.inv, linalg.lu and the "
     "normalizations of torch.nn.functional are right).",
     deeper=None,
 )
-FORWARD_OVER_REVERSE = Order(
-    _REPLACEMENTS, _WRONG_IN_FORWARD_MODE, "use hessfunc.hvp_double_backward.", deeper=ANY_ORDER
-)
+FORWARD_OVER_REVERSE = Order(_REPLACEMENTS, _WRONG_IN_ONE_THREAD, "use hessfunc.hvp_double_backward.", deeper=ANY_ORDER)
 REVERSE_ALONE = Order({**_REPLACEMENTS, **_FUSED}, frozenset(), "", deeper=None)
 REVERSE_OVER_REVERSE = Order(_REPLACEMENTS, frozenset(), "", deeper=REVERSE_ALONE)
 
@@ -161,12 +161,24 @@ def _num_derivatives() -> int:
     return sum(level.key() in kinds for level in _functorch.get_interpreter_stack() or [])
 
 
+_ONE_THREAD = threading.RLock()
+
+
+def one_thread() -> Any:
+    """A context for what torch does not keep apart by thread.
+
+    It counts its levels of forward mode for the whole process: two threads in it raise errors or crash. And
+    ``functional_call`` swaps the parameters of the module itself: two threads that run one module see each other's.
+    """
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _ONE_THREAD
+
+
 def rerouted(function: Callable[..., Any], order: Order) -> Callable[..., Any]:
     """``function`` with the operations that an order of differentiation cannot take replaced by equivalents."""
 
     @functools.wraps(function)
     def wrapped(*args: Any) -> Any:
-        with _Rerouting(order):
+        with one_thread(), _Rerouting(order):
             return function(*args)
 
     return wrapped
@@ -177,9 +189,19 @@ def forward_mode_safe(function: Callable[..., Any]) -> Callable[..., Any]:
     return rerouted(function, FORWARD_OVER_REVERSE)
 
 
+def _in_forward_mode() -> bool:
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    # Unless it is another thread that is in it.
+    mine = _ONE_THREAD.acquire(blocking=False)
+    if mine:
+        _ONE_THREAD.release()
+    return mine
+
+
 def differentiated_outside(inputs: Sequence[Tensor]) -> bool:
     """Whether a transform outside, or torch's own tape by way of ``inputs``, differentiates what is computed next."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or _in_forward_mode():
         return True
     if not torch.is_grad_enabled():
         return False

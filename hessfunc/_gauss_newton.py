@@ -17,6 +17,7 @@ from hessfunc._compat import (
     Order,
     differentiated_outside,
     is_tracked,
+    one_thread,
     rerouted,
 )
 from hessfunc._explain import explained
@@ -224,7 +225,8 @@ def _push_and_pull(
         return outputs, (tangents, aux)
 
     try:
-        result: Any = torch.func.vjp(run, params, has_aux=True)
+        with one_thread():
+            result: Any = torch.func.vjp(run, params, has_aux=True)
     except RuntimeError as error:
         raise explained(error, subject="model", remedy=_WAY_OUT) from error
     outputs, pullback, (tangents, aux) = result
