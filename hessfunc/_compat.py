@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -161,12 +163,24 @@ def _num_derivatives() -> int:
     return sum(level.key() in kinds for level in _functorch.get_interpreter_stack() or [])
 
 
+_ONE_THREAD = threading.RLock()
+
+
+def one_thread() -> Any:
+    """A context for what torch does not keep apart by thread.
+
+    It counts its levels of forward mode for the whole process: two threads in it raise errors or crash. And
+    ``functional_call`` swaps the parameters of the module itself: two threads that run one module see each other's.
+    """
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _ONE_THREAD
+
+
 def rerouted(function: Callable[..., Any], order: Order) -> Callable[..., Any]:
     """``function`` with the operations that an order of differentiation cannot take replaced by equivalents."""
 
     @functools.wraps(function)
     def wrapped(*args: Any) -> Any:
-        with _Rerouting(order):
+        with one_thread(), _Rerouting(order):
             return function(*args)
 
     return wrapped
@@ -189,9 +203,19 @@ def evaluated(function: Callable[..., Any], params: Any, *batch: Any) -> Any:
     return tree.map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, result)
 
 
+def _in_forward_mode() -> bool:
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    # Unless it is another thread that is in it.
+    mine = _ONE_THREAD.acquire(blocking=False)
+    if mine:
+        _ONE_THREAD.release()
+    return mine
+
+
 def differentiated_outside(inputs: Sequence[Tensor]) -> bool:
     """Whether a transform outside, or torch's own tape by way of ``inputs``, differentiates what is computed next."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or _in_forward_mode():
         return True
     if not torch.is_grad_enabled():
         return False
@@ -200,7 +224,7 @@ def differentiated_outside(inputs: Sequence[Tensor]) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether no transform, no tape and no compiler looks at what is computed from this tensor."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or _in_forward_mode():
         return False
     return _functorch.peek_interpreter_stack() is None and not (tensor.requires_grad and torch.is_grad_enabled())
 

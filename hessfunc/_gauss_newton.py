@@ -19,6 +19,7 @@ from hessfunc._compat import (
     Order,
     differentiated_outside,
     is_tracked,
+    one_thread,
     rerouted,
 )
 from hessfunc._explain import explained
@@ -230,7 +231,8 @@ def _push_and_pull(
         return outputs, (tangents, aux)
 
     try:
-        result: Any = torch.func.vjp(run, params, has_aux=True)
+        with one_thread():
+            result: Any = torch.func.vjp(run, params, has_aux=True)
     except RuntimeError as error:
         raise explained(error, subject="model", remedy=_WAY_OUT) from error
     outputs, pullback, (tangents, aux) = result
@@ -244,7 +246,8 @@ def push(model: Callable[[Params], tuple[Any, Any]], params: Params, v: Params) 
     """``(outputs, J v, aux)`` for ``model(params) -> (outputs, aux)``, all of them without a tape."""
 
     def run(order: Order) -> Any:
-        with torch.enable_grad():  # without which the model would count as one under no_grad, that is as constant
+        # Grad mode is on, without which the model would count as one under no_grad, that is as constant.
+        with one_thread(), torch.enable_grad():
             return torch.func.jvp(rerouted(model, order), (params,), (v,), has_aux=True)
 
     try:

@@ -18,6 +18,7 @@ from hessfunc._compat import (
     differentiable_backward,
     differentiated_outside,
     is_tracked,
+    one_thread,
     rerouted,
 )
 from hessfunc._explain import explained
@@ -136,7 +137,8 @@ def _forward_over_reverse(loss: Loss, params: Params, v: Params, batch: tuple[An
         return pullback(torch.ones_like(value), retain_graph=False, create_graph=False)[0]
 
     try:
-        return torch.func.jvp(gradient, (params,), (v,))[1]
+        with one_thread():
+            return torch.func.jvp(gradient, (params,), (v,))[1]
     except _TrackedError:
         return _reverse_over_forward(loss, params, v, batch)
     except RuntimeError as error:
@@ -152,7 +154,8 @@ def _is_about_dtypes(error: RuntimeError) -> bool:
 def _reverse_over_forward(loss: Loss, params: Params, v: Params, batch: tuple[Any, ...]) -> Params:
     safe = rerouted(lambda p: _checked_loss(loss, p, batch), ANY_ORDER)
     try:
-        slope, pullback = torch.func.vjp(lambda p: torch.func.jvp(safe, (p,), (v,))[1], params)[:2]
+        with one_thread():
+            slope, pullback = torch.func.vjp(lambda p: torch.func.jvp(safe, (p,), (v,))[1], params)[:2]
         again = is_tracked(slope) or differentiated_outside([*tree.leaves(params), *tree.leaves(v)])
         return pullback(torch.ones_like(slope), retain_graph=again, create_graph=again)[0]
     except RuntimeError as error:

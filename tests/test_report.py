@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +195,20 @@ def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write a report to '.*file/sub': Not a directory"):
         example_report().save(tmp_path / "file" / "sub")
+
+
+@pytest.mark.parametrize("method", ["mkdir", "open"])
+def test_read_only_folder(tmp_path, monkeypatch, method):
+    """As for a user without rights: root, who may run the tests, can write anywhere."""
+
+    def denied(*_args, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, method, denied)
+    with pytest.raises(OSError, match=r"cannot write a report to '.*with spaces': Permission denied"):
+        example_report().save(tmp_path / "with spaces")
+    monkeypatch.undo()
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_full_disk_leaves_no_half_written_file(tmp_path, monkeypatch):
