@@ -3,8 +3,8 @@
 Claim: stochastic Lanczos quadrature with 100 steps and 4 probes takes less time than in any peer, at no larger error.
 The error is the Wasserstein-1 distance to the spectrum, over its width: to the dense Hessian's where there is one (9k
 parameters), else to that of a quadrature with far more probes and steps (its own noise is in the notes). Every
-library gets the same network, batch, dtype and threads, starts from the model, and runs with a new seed each round. Checks of
-the products are off in the libraries that have them.
+library gets the same network, batch, dtype and threads, starts from the model, and runs with a new seed each round.
+Checks of the products are off in the libraries that have them.
 
     python benchmarks/bench_esd.py --out results
 """
