@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from hessfunc._recorder import Recording
-from hessfunc._simplify import VIEWS, is_layout_free
+from hessfunc._simplify import VIEWS, is_layout_free, merge_storage
 from hessfunc._zeros import zeros
 
 _aten, _prims = torch.ops.aten, torch.ops.prims
@@ -237,10 +237,13 @@ class _Rewriter:
         storage = recording.storage[root]
         root.replace_all_uses_with(result)
         recording.outputs = [result if output is root else output for output in recording.outputs]
-        recording.storage[result] = storage
-        recording.values[result] = recording.values[root]
-        self._position[result] = self._position[root]
-        self._moving.add(result)
+        if result in recording.storage:  # the tree was worth no more than its only base
+            merge_storage(recording, storage, recording.storage[result])
+        else:
+            recording.storage[result] = storage
+            recording.values[result] = recording.values[root]
+            self._position[result] = self._position[root]
+            self._moving.add(result)
         if root in self._outputs:
             self._outputs.add(result)
         pending = [root]

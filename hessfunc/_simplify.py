@@ -117,10 +117,14 @@ def _replace(recording: Recording, node: Node, by: Node) -> None:
     node.replace_all_uses_with(by)
     recording.outputs = [by if output is node else output for output in recording.outputs]
     recording.graph.erase_node(node)
-    old, new = recording.storage.pop(node), recording.storage[by]
-    for other, storage in recording.storage.items():
+    merge_storage(recording, recording.storage.pop(node), recording.storage[by])
+
+
+def merge_storage(recording: Recording, old: int, new: int) -> None:
+    """Note that what was views of one memory is views of another."""
+    for node, storage in recording.storage.items():
         if storage == old:
-            recording.storage[other] = new
+            recording.storage[node] = new
 
 
 def _key(node: Node) -> Hashable:
