@@ -196,7 +196,7 @@ def time_model(name: str, options: harness.Settings) -> list[harness.Record]:
             if record["agrees"]:
                 calls[f"{method}/{num}"] = lambda product=product, rows=rows: product(rows)
     times = harness.interleaved(
-        calls, repeats=options.repeats, device=options.device, burn_in=1 if options.quick else 2
+        calls, repeats=options.repeats, device=options.device, burn_in=1 if options.quick else 6
     )
     for record in records:
         key = f"{record['method']}/{record['probes']}"

@@ -25,6 +25,11 @@ LANE_ELEMENTS, CPU_LANE_ELEMENTS = 1 << 20, 1 << 18
 the CPU what does not fit into the cache costs more than it saves."""
 
 
+PATIENCE = 4
+"""How often a number of lanes is asked for before it gets a program of its own, which takes as long to make as tens of
+products of a small network."""
+
+
 class Programs:
     """What products of one loss share at all points: programs by shape of batch and number of lanes.
 
@@ -102,7 +107,7 @@ class TracedProduct:
         results = []
         start = 0
         while start < rows.shape[0]:
-            lanes = self._lanes(signature, rows.shape[0] - start)
+            lanes = self._lanes(signature, rows.shape[0] - start, count=start == 0)
             piece = rows[start : start + lanes]
             start += lanes
             program = self._programs.traced.get((signature, lanes))
@@ -116,7 +121,7 @@ class TracedProduct:
             results.append(result)
         return torch.cat(results) if len(results) > 1 else results[0]
 
-    def _lanes(self, signature: Hashable, wanted: int) -> int:
+    def _lanes(self, signature: Hashable, wanted: int, *, count: bool) -> int:
         """How many rows to take together: a power of two that suits the size of the operations."""
         single = self._programs.traced.get((signature, 1))
         if single is None or wanted == 1 or not self._vmappable:
@@ -127,10 +132,9 @@ class TracedProduct:
             elements = CPU_LANE_ELEMENTS if self._layout.device.type == "cpu" else LANE_ELEMENTS
             limit = 1 if single.convolves else min(limit, int(elements / single.mean_elements) or 1)
         lanes = 1 << (min(wanted, limit).bit_length() - 1)
-        # A program of its own pays when the size comes up again.
         requests = self._programs.requests
-        requests[signature, lanes] = requests.get((signature, lanes), 0) + 1
-        return lanes if requests[signature, lanes] > 1 else 1
+        requests[signature, lanes] = requests.get((signature, lanes), 0) + count
+        return lanes if requests[signature, lanes] > PATIENCE else 1
 
     def _trace(
         self, function: Callable[..., Tensor], primals: list[Tensor], rows: Tensor
