@@ -104,12 +104,10 @@ class TracedProduct:
             return self._eager_rows(inputs[-1], tree.unflatten(whole, spec), params)
 
         primals = [*self._params, *tensors]
-        results = []
-        start = 0
-        while start < rows.shape[0]:
-            lanes = self._lanes(signature, rows.shape[0] - start, count=start == 0)
+        results: list[Tensor] = []
+        for lanes in self._lanes(signature, rows.shape[0]):
+            start = sum(map(len, results))
             piece = rows[start : start + lanes]
-            start += lanes
             program = self._programs.traced.get((signature, lanes))
             if program is None:
                 program, result = self._trace(function, primals, piece)
@@ -121,20 +119,24 @@ class TracedProduct:
             results.append(result)
         return torch.cat(results) if len(results) > 1 else results[0]
 
-    def _lanes(self, signature: Hashable, wanted: int, *, count: bool) -> int:
-        """How many rows to take together: a power of two that suits the size of the operations."""
+    def _lanes(self, signature: Hashable, wanted: int) -> list[int]:
+        """How many rows to take together: powers of two that suit the size of the operations, of sum ``wanted``."""
         single = self._programs.traced.get((signature, 1))
-        if single is None or wanted == 1 or not self._vmappable:
-            return 1
+        if single is None or not self._vmappable:
+            return [1] * wanted
         limit = MAX_LANES if self._max_lanes is None else self._max_lanes
         if self._max_lanes is None:
             # Convolutions with a kernel per lane become grouped ones, which are slower than one after the other.
             elements = CPU_LANE_ELEMENTS if self._layout.device.type == "cpu" else LANE_ELEMENTS
             limit = 1 if single.convolves else min(limit, int(elements / single.mean_elements) or 1)
-        lanes = 1 << (min(wanted, limit).bit_length() - 1)
+        largest = 1 << (limit.bit_length() - 1)
+        pieces = [largest] * (wanted // largest)
+        pieces += [1 << bit for bit in reversed(range(limit.bit_length() - 1)) if wanted % largest & 1 << bit]
         requests = self._programs.requests
-        requests[signature, lanes] = requests.get((signature, lanes), 0) + count
-        return lanes if requests[signature, lanes] > PATIENCE else 1
+        for lanes in set(pieces):
+            requests[signature, lanes] = requests.get((signature, lanes), 0) + 1
+        known = {lanes: lanes == 1 or requests[signature, lanes] > PATIENCE for lanes in set(pieces)}
+        return [part for lanes in pieces for part in ([lanes] if known[lanes] else [1] * lanes)]
 
     def _trace(
         self, function: Callable[..., Tensor], primals: list[Tensor], rows: Tensor
