@@ -22,7 +22,9 @@ class Linearized:
     program ``(*primals, *residuals, tangent) -> result`` the others. One evaluation of the first serves any number of
     tangents, and both serve all primals of the shapes traced.
 
-    With ``compile`` the tangent program goes through ``torch.compile``.
+    With ``compile`` the tangent program goes through ``torch.compile``. Without ``rewrite`` both programs do what the
+    function did, operation by operation; with it they do less, and tensors may lie in memory in another order, which a
+    few of torch's operations do not take.
 
     Attributes:
         result: what the traced run itself returned.
@@ -34,7 +36,13 @@ class Linearized:
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], primals: Sequence[Tensor], tangent: Tensor, *, compile: bool = False
+        self,
+        function: Callable[..., Tensor],
+        primals: Sequence[Tensor],
+        tangent: Tensor,
+        *,
+        compile: bool = False,
+        rewrite: bool = True,
     ) -> None:
         recording, outputs = record(lambda *inputs: [function(*inputs)], [*primals, tangent])
         self.result = outputs[0]
@@ -44,8 +52,9 @@ class Linearized:
         dtypes = {value.dtype for value in recording.values.values() if value.dtype.is_floating_point}
         self.eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         self.constants = list(recording.constants.values())
-        simplify(recording)
-        reassociate(recording)
+        if rewrite:
+            simplify(recording)
+            reassociate(recording)
         moving = _moving(recording)
         self._computes_result = recording.outputs[0] in moving
         residuals = _residuals(recording, moving)

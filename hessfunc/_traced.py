@@ -141,11 +141,31 @@ class TracedProduct:
     def _trace(
         self, function: Callable[..., Tensor], primals: list[Tensor], rows: Tensor
     ) -> tuple[Linearized | None, Tensor]:
-        try:
-            program = Linearized(function, primals, rows, compile=self._compile)
-        except NotRecordableError as error:
-            self._give_up(str(error))
-            return None, rows
+        for rewrite in (True, False):
+            try:
+                program = Linearized(function, primals, rows, compile=self._compile, rewrite=rewrite)
+            except NotRecordableError as error:
+                self._give_up(str(error))
+                return None, rows
+            if rewrite and not self._is_repeatable(function, primals, rows, program):
+                return None, rows
+            if not bool(torch.isfinite(program.result).all()):
+                return program, program.result
+            try:
+                replayed = _replayed(function, primals, rows, program)
+            except RuntimeError:
+                if not rewrite:
+                    raise
+                continue
+            if replayed is not None:
+                return program, replayed  # as all products after it
+        self._give_up("the replayed product differs from the eager one")
+        return None, rows
+
+    def _is_repeatable(
+        self, function: Callable[..., Tensor], primals: list[Tensor], rows: Tensor, program: Linearized
+    ) -> bool:
+        """Whether the program draws no random numbers; those that change from run to run are refused."""
         if program.random:
             again = function(*primals, rows)
             if not torch.equal(again, program.result):
@@ -155,19 +175,7 @@ class TracedProduct:
                     "the randomness inside the loss; a Hessian that changes between products has no eigenvalues."
                 )
             self._give_up("the loss draws random numbers")
-            return None, rows
-        if bool(torch.isfinite(program.result).all()):
-            residuals = program.residuals(primals)
-            replayed = program.apply(primals, residuals, rows)
-            if not _agree(replayed, program.result, program.eps):
-                # A vector without curvature has a product of nothing but rounding errors: another one decides.
-                other = torch.linspace(1, 2 * rows.numel(), rows.numel(), dtype=rows.dtype, device=rows.device)
-                other = other.reshape(rows.shape).cos()
-                if not _agree(program.apply(primals, residuals, other), function(*primals, other), program.eps):
-                    self._give_up("the replayed product differs from the eager one")
-                    return None, rows
-            return program, replayed  # as all products after it
-        return program, program.result
+        return not program.random
 
     def _give_up(self, reason: str) -> None:
         self._programs.eager = True
@@ -230,6 +238,21 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 1 << 30
+
+
+def _replayed(
+    function: Callable[..., Tensor], primals: list[Tensor], rows: Tensor, program: Linearized
+) -> Tensor | None:
+    """The product as the program gives it, or None if it is not that of the function."""
+    residuals = program.residuals(primals)
+    replayed = program.apply(primals, residuals, rows)
+    if _agree(replayed, program.result, program.eps):
+        return replayed
+    # A vector without curvature has a product of nothing but rounding errors: another one decides.
+    other = torch.linspace(1, 2 * rows.numel(), rows.numel(), dtype=rows.dtype, device=rows.device)
+    other = other.reshape(rows.shape).cos()
+    alike = _agree(program.apply(primals, residuals, other), function(*primals, other), program.eps)
+    return replayed if alike else None
 
 
 def _agree(replayed: Tensor, eager: Tensor, eps: float) -> bool:

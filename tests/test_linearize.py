@@ -340,3 +340,18 @@ def test_a_vector_without_curvature_is_no_reason_to_give_up():
     assert float(H.vector(flat).norm()) < 1e-14  # the first product, so the one that is traced
     assert float(H.vector(flat).norm()) < 1e-14
     assert float(H.vector(torch.ones(20).double()).norm()) > 1e-3
+
+
+def test_operations_that_want_their_memory_in_order_get_it(generator):
+    """The backward pass of a loss over (batch, classes, time) takes no other layout than the recorded one."""
+    x, y = torch.randn(2, 5, 3, generator=generator), torch.randint(0, 4, (2, 5), generator=generator)
+    params = {"w": torch.randn(3, 4, generator=generator), "b": torch.zeros(4)}
+
+    def loss(p):
+        return F.cross_entropy(F.layer_norm(x @ p["w"] + p["b"], (4,)).transpose(1, 2), y)
+
+    reference = hf.hessian(loss, params, linearize=False).dense()
+    for product in (hf.hvp, hf.hvp_reverse_over_forward):
+        H = hf.hessian(loss, params, product=product)
+        for _ in range(2):
+            torch.testing.assert_close(H.dense(), reference, rtol=1e-4, atol=1e-6)
