@@ -69,7 +69,7 @@ class Deflation:
 
     def project(self, rows: Tensor) -> Tensor:
         """``(I - P)`` on each row."""
-        return project_off(self.rows, rows)
+        return project_off(self.rows, rows) if len(self.rows) else rows
 
     def samples(self, H: Operator, probes: Tensor) -> Tensor:
         """One unbiased sample of the trace by leaf for each probe, shape ``(num_probes, num_leaves)``."""

@@ -49,7 +49,7 @@ def diagonal(
     Args:
         H: symmetric operator.
         num_probes: number of probes.
-        chunk_size: probes held at a time; by default 16, or fewer if these take more than 256 MiB.
+        chunk_size: probes held at a time; by default as in [`hutchinson`][hessfunc.hutchinson].
         generator: draws the probes, one after the other: the same ones as [`hutchinson`][hessfunc.hutchinson].
 
     Raises:
@@ -102,7 +102,7 @@ def xdiag(
     Args:
         H: symmetric operator.
         num_probes: number of probes, at least 2.
-        chunk_size: probes per pass over the data; by default 16, or fewer if these take more than 256 MiB.
+        chunk_size: probes per pass over the data; by default as in [`hutchinson`][hessfunc.hutchinson].
         generator: draws the probes, one after the other.
 
     Raises:
@@ -177,7 +177,7 @@ def frobenius_squared(
         confidence: probability with which the interval shall hold the value.
         max_probes: where to end, with a warning, if the tolerance is not met.
         sampler: what draws the probes.
-        chunk_size: probes held at a time; by default 16, or fewer if these take more than 256 MiB.
+        chunk_size: probes held at a time; by default as in [`hutchinson`][hessfunc.hutchinson].
         generator: draws the probes, one after the other.
 
     Raises:

@@ -15,8 +15,10 @@ from hessfunc._probes import Sampler, signs
 from hessfunc._stopping import Stopping
 from hessfunc._typing import Params, Tensor
 
-CHUNK_PROBES, CHUNK_BYTES = 16, 2**28
-"""Probes held at a time unless ``chunk_size`` says otherwise: this many, or fewer if they take more than this."""
+CHUNK_PROBES, FEW_PROBES = 16, 4
+CACHED_BYTES, CHUNK_BYTES = 2**24, 2**28
+"""Probes held at a time unless ``chunk_size`` says otherwise: 16; down to 4 if they take more than 16 MiB, beyond which
+fresh memory costs more than a pass over the data saves; and down to 1 if they take more than 256 MiB."""
 
 
 def hutchinson(
@@ -65,8 +67,8 @@ def hutchinson(
         deflate: ``Eigenpairs`` of ``H``, as from [`eigsh`][hessfunc.eigsh], or any linearly independent vectors as a
             pytree like the parameters with a leading axis.
         sampler: what draws the probes: signs have the least variance of all independent entries.
-        chunk_size: probes held at a time; by default 16, or fewer if these take more than 256 MiB. The same seed gives
-            the same probes whatever it is.
+        chunk_size: probes held at a time; by default 16, or as few as 4 if these take more than 16 MiB, and 1 if more
+            than 256 MiB. The same seed gives the same probes whatever it is.
         generator: draws the probes, one after the other.
 
     Returns:
@@ -141,7 +143,8 @@ def chunk_length(H: Operator, chunk_size: int | None) -> int:
     if chunk_size is not None:
         check_count(chunk_size, name="chunk_size")
         return chunk_size
-    return max(1, min(CHUNK_PROBES, CHUNK_BYTES // (H.size * H.dtype.itemsize)))
+    each = H.size * H.dtype.itemsize
+    return max(1, min(CHUNK_PROBES, max(FEW_PROBES, CACHED_BYTES // each), CHUNK_BYTES // each))
 
 
 def draw(H: Operator, num_probes: int, sampler: Sampler, chunk: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -277,7 +277,8 @@ def test_chunks_of_large_vectors_shrink():
     H = hf.Operator(torch.zeros(size), lambda rows: rows)
     assert hf._trace.chunk_length(H, None) == 2
     assert hf._trace.chunk_length(H, 5) == 5
-    assert hf._trace.chunk_length(hf.Operator(torch.zeros(1), lambda rows: rows), None) == 16
+    for size, length in ((1, 16), (2**18, 16), (2**19, 8), (2**22, 4), (2**24, 4)):
+        assert hf._trace.chunk_length(hf.Operator(torch.zeros(size), lambda rows: rows), None) == length
 
 
 def test_one_probe_has_a_value_and_no_error():
