@@ -71,7 +71,9 @@ def eigsh(
         verify_steps: steps of the search for missed pairs, with up to as many again while one may be emerging; 0 to
             leave it out. It is a matter of chance: 5 were enough in all of the trials with spectra that fall off like
             ``1 / sqrt(i)`` for a million parameters, but 9 where a flat bulk reached half-way up to the missed
-            eigenvalue.
+            eigenvalue. With three eigenvalues each of 10 and 9.99, closer together than ``tol``, 8 of 60 runs lacked
+            one of the wanted five whatever the number of steps; none did with ``tol=1e-4`` (5 products more) or with
+            ``block_size=3`` (1 more).
         generator: draws the start vector, and replacements where the Krylov space is exhausted.
 
     Returns:
