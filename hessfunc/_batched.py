@@ -150,9 +150,10 @@ def summed(
         total = None
         weights = []
         seen = Fingerprint()
+        looking = sound is not None and not torch.compiler.is_compiling()
         for position, (batch, weight) in enumerate(batches):
             arguments = batch if extend is None else extend(position, batch)
-            if sound is not None:
+            if sound is not None and looking:
                 if position == 0:
                     sound.of_batch(
                         batch, arguments, partial(traced.rows, batch=arguments, position=0, keep=batches.stable)
@@ -169,7 +170,7 @@ def summed(
                 return products
             total = weight * products if total is None else total.add_(products, alpha=weight)
             weights.append(weight)
-        if sound is not None and not batches.stable:
+        if sound is not None and looking and not batches.stable:
             sound.of_pass(seen)
         assert total is not None  # an empty pass raises
         return total.div_(batches.total(weights))
