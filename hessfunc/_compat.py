@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -249,16 +249,22 @@ def differentiable_backward(value: Tensor) -> None:
     forward-mode rule (SiLU, group norm) or one that takes saved results for constants and so is wrong in silence
     (determinants, linear solves). Switching it on for these nodes alone keeps the rest of the pass free of a graph.
     """
+    for node in tape(value):
+        if node.name().startswith(_NEED_GRAD_MODE):
+            _enable_grad_mode(node)
+
+
+def tape(value: Tensor) -> Iterator[Any]:
+    """The nodes of torch's graph that ``value`` was computed by, each once."""
     seen = set()
-    pending = [value.grad_fn]
+    pending: list[Any] = [value.grad_fn]
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         pending.extend(following for following, _ in node.next_functions)
-        if node.name().startswith(_NEED_GRAD_MODE):
-            _enable_grad_mode(node)
+        yield node
 
 
 def _enable_grad_mode(node: Any) -> None:

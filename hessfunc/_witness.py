@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hessfunc import tree
-from hessfunc._compat import REVERSE_ALONE, rerouted
+from hessfunc._compat import REVERSE_ALONE, rerouted, tape
 from hessfunc._typing import Loss, Params
 
 
@@ -84,18 +84,8 @@ def custom_functions(loss: Loss, params: Params, batch: tuple[Any, ...]) -> list
     with torch.inference_mode(False), torch.enable_grad():
         inputs = tree.map_leaves(lambda p: p.detach().clone().requires_grad_(), params)
         value = rerouted(loss, REVERSE_ALONE)(inputs, *batch)
-    names = []
-    seen = set()
-    pending = [value.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        pending.extend(following for following, _ in node.next_functions)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            names.append(node._forward_cls.__name__)  # type: ignore[attr-defined]
-    return sorted(set(names))
+    custom = [node for node in tape(value) if isinstance(node, torch.autograd.function.BackwardCFunction)]
+    return sorted({node._forward_cls.__name__ for node in custom})  # type: ignore[attr-defined]
 
 
 def _note(places: list[str], operation: str) -> None:
