@@ -138,7 +138,8 @@ class KrylovBasis:
         pending: list[Tensor] = []
         coefficients = np.zeros((len(candidates), len(candidates)))
         for i, row in enumerate(candidates):
-            rounding = max(floor if i < len(rows) else 0.0, 10 * torch.finfo(self.dtype).eps * float(tree.flat_norm(row)))
+            rounding = 10 * torch.finfo(self.dtype).eps * float(tree.flat_norm(row))
+            rounding = max(rounding, floor) if i < len(rows) else rounding
             for _ in range(2):
                 coefficients[: len(pending), i] += _numpy(_project_off(row, pending))
             length = float(tree.flat_norm(row))
