@@ -133,7 +133,7 @@ class KrylovBasis:
         ``floor``, or is left once basis and pending rows fill the space, is rounding error and dropped.
         """
         basis, room = self._rows[: self.count], self.operator.size - self.count
-        # The old ones last: they give way to the new, which so go on with their own Krylov space as if alone.
+        # The old ones last: new ones keep what they have in common, or a search from a random row would be blind to it.
         candidates = [*rows, *self._pending]
         pending: list[Tensor] = []
         coefficients = np.zeros((len(candidates), len(candidates)))
