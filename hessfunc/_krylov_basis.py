@@ -127,21 +127,23 @@ class KrylovBasis:
         return torch.from_numpy(columns.T.copy()).to(self._rows)
 
     def _append(self, rows: list[Tensor], floor: float = 0.0) -> np.ndarray:
-        """Put the part of ``rows`` outside the basis before the pending rows. Overwrites ``rows``.
+        """Put the part of ``rows`` outside the basis before the pending rows. Overwrites both.
 
         Returns the coefficients with ``rows^T = P^T coefficients`` up to a part in the basis. What is no longer than
         ``floor``, or is left once basis and pending rows fill the space, is rounding error and dropped.
         """
-        basis, num_old = self._rows[: self.count], len(self._pending)
-        room = self.operator.size - self.count - num_old
-        pending = list(self._pending)  # the old ones first, for now
-        coefficients = np.zeros((num_old + len(rows), len(rows)))
-        for i, row in enumerate(rows):
-            rounding = max(floor, 10 * torch.finfo(self.dtype).eps * float(tree.flat_norm(row)))
+        basis, room = self._rows[: self.count], self.operator.size - self.count
+        # The old ones last: new ones keep what they have in common, or a search from a random row would be blind to it.
+        candidates = [*rows, *self._pending]
+        pending: list[Tensor] = []
+        coefficients = np.zeros((len(candidates), len(candidates)))
+        for i, row in enumerate(candidates):
+            rounding = 10 * torch.finfo(self.dtype).eps * float(tree.flat_norm(row))
+            rounding = max(rounding, floor) if i < len(rows) else rounding
             for _ in range(2):
                 coefficients[: len(pending), i] += _numpy(_project_off(row, pending))
             length = float(tree.flat_norm(row))
-            if length <= rounding or len(pending) == num_old + room:
+            if length <= rounding or len(pending) == room:
                 continue
             coefficients[len(pending), i] = length
             row /= length
@@ -153,10 +155,9 @@ class KrylovBasis:
                 if kept > 0.7:  # "twice is enough" (Parlett 1998, section 6.9): what is left is orthogonal
                     break
             pending.append(row)
-        new = len(pending) - num_old
-        self._pending = pending[num_old:] + pending[:num_old]
-        self._coupling = np.pad(self._coupling, ((new, 0), (0, 0)))
-        return np.concatenate([coefficients[num_old : num_old + new], coefficients[:num_old]])
+        self._pending = pending
+        self._coupling = coefficients[: len(pending), len(rows) :] @ self._coupling
+        return coefficients[: len(pending), : len(rows)]
 
     def _fill(self) -> None:
         """Add random rows until ``block_size`` are pending, or as many as the space has room for."""

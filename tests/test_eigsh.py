@@ -181,6 +181,18 @@ def test_pairs_closer_than_the_tolerance_are_both_found(gap):
         assert_right(pairs, matrix, spectrum, "LM", rtol=1e-5)
 
 
+@pytest.mark.parametrize(("gap", "copies", "k"), [(3e-3, 3, 6), (1e-2, 2, 5), (3e-2, 3, 3)])
+def test_clusters_about_the_tolerance_apart_lose_no_pair(gap, copies, k):
+    """Rows that wait to be expanded can hold a wanted eigenvector: the check must not leave them out."""
+    clusters = [*[10.0] * copies, *[10.0 - gap] * copies, *[8.0] * 3, *[5.0] * 3]
+    diagonal = torch.tensor([*clusters, *torch.linspace(-0.03, 0.03, 388).tolist()], dtype=F64)
+    H = hf.Operator(diagonal, lambda rows: rows * diagonal)
+    for seed in range(30):
+        pairs = hf.eigsh(H, k, generator=seeded(seed))
+        torch.testing.assert_close(pairs.eigenvalues, diagonal[:k], rtol=1.001e-3, atol=0)
+        assert bool(pairs.converged.all())
+
+
 def test_plus_and_minus_of_one_magnitude(generator):
     spectrum = [3.0, -3.0, 3.0, -3.0, 1.0, *torch.linspace(-0.5, 0.5, 100).tolist()]
     matrix = symmetric(spectrum)
