@@ -25,27 +25,27 @@ def curves(
     *,
     log: bool,
 ) -> None:
-    """A thin line for each seed, and a thick one for their mean, geometric if ``log``."""
+    """A thin line for each seed and a thick one for their median; a ``log`` axis leaves out what is not positive."""
     by_epoch = [table.values(variant, depth, quantity, epoch) for epoch in epochs]
     lines = np.array([[found.get(seed, np.nan) for found in by_epoch] for seed in table.seeds])
     if log:
-        lines = np.where(lines > 0, lines, np.nan)
-        ax.set_yscale("log")
+        ax.set_yscale("log", nonpositive="mask")
     ax.plot(epochs, lines.T, color=colour, linewidth=0.7, alpha=0.5)
-    known = np.isfinite(lines)
-    chosen = known.any(axis=0)
-    values = np.where(known, np.log(lines) if log else lines, 0.0).sum(axis=0)[chosen] / known.sum(axis=0)[chosen]
+    # Not the mean: a seed that did not train is orders of magnitude off.
+    known = ~np.isnan(lines).all(axis=0)
+    middle = np.nanmedian(lines[:, known], axis=0)
     style = {"color": colour, "linewidth": 1.8, "marker": "o", "markersize": 4}
-    ax.plot(np.array(epochs)[chosen], np.exp(values) if log else values, label=table.label(variant), **style)
+    ax.plot(np.array(epochs)[known], middle, label=table.label(variant), **style)
 
 
 class Asinh:
-    """One eigenvalue axis for several densities: linear within a thousandth of the largest, logarithmic beyond."""
+    """One eigenvalue axis for several densities: logarithmic from a hundredth of the narrowest one's reach on."""
 
     def __init__(self, quadratures: Any) -> None:
         found = list(quadratures)
         nodes = torch.cat([q.nodes.flatten() for q in found]) if found else torch.tensor([-1.0, 1.0])
-        self.linthresh = 1e-3 * float(nodes.abs().max())
+        reaches = torch.stack([q.nodes.abs().max() for q in found]) if found else torch.ones(1)
+        self.linthresh = max(1e-2 * float(reaches.min()), 1e-6 * float(reaches.max()))
         ends = torch.stack([nodes.min(), nodes.max()]) / self.linthresh
         low, high = torch.asinh(ends).tolist()
         self.grid = torch.sinh(torch.linspace(low - 0.5, high + 0.5, 700, dtype=torch.float64)) * self.linthresh

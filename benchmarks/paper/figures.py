@@ -25,14 +25,14 @@ PARTS = ("stem", "stage1", "stage2", "stage3", "head")
 
 def draw(table: Table, epochs: Sequence[int]) -> Iterator[tuple[str, str, Figure]]:
     """Name, caption and figure, one after the other."""
-    thin = "Thin lines are single seeds, thick ones their geometric means"
+    thin = "Thin lines are single seeds, thick ones their medians"
     through = [("trace", "trace of the Hessian", trace), ("eigenvalue", "largest eigenvalue", top)]
     for name, label, quantity in through:
         caption = f"The {label} through training, by depth. {thin}."
         yield name, caption, _through_training(table, epochs, WHOLES, table.depths, label, quantity)
     yield (
         "accuracy",
-        "Test accuracy through training, by depth. Thick lines are means over seeds.",
+        f"Test accuracy through training, by depth. {thin}.",
         _through_training(table, epochs, WHOLES, table.depths, "test accuracy", accuracy, log=False),
     )
     for depth in table.depths:
