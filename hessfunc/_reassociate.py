@@ -154,7 +154,8 @@ class _Rewriter:
         elif node.target is _aten.neg.default:
             branches = [(first, factor, -scale)]
         elif node.target in _ACTIVATION:
-            ones = _Factor(_aten.ones_like.default, (second,), (), self._shape(second))
+            one = _Factor(_aten.new_ones.default, (second, ()), (), torch.Size())
+            ones = _Factor(_aten.expand.default, (one, tuple(self._shape(second))), (), self._shape(second))
             slope = _Factor(node.target, (ones, *node.args[1:]), tuple(sorted(keywords.items())), self._shape(second))
             branches = [(first, self._times(factor, slope), scale)]
         else:
