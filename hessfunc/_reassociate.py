@@ -124,6 +124,7 @@ class _Rewriter:
             whole,
             key=lambda term: (
                 *(not self._is_own_memory(term, tree), self._is_own_product(term, tree), term.factor is None),
+                term.factor is not None and term.scale != 1,
             ),
         )
         rest = [term for term in terms if term is not start]
@@ -220,7 +221,8 @@ class _Rewriter:
             operation = _aten.add_.Tensor if in_place else _aten.add.Tensor
             return self._graph.call_function(operation, (result, term.base), keywords)
         operation = _aten.addcmul_.default if in_place else _aten.addcmul.default
-        return self._graph.call_function(operation, (result, term.base, self._made_of(term.factor, term.scale)))
+        keywords = {"value": term.scale} if term.scale != 1 else {}  # a scaled factor would be one more to keep
+        return self._graph.call_function(operation, (result, term.base, self._made_of(term.factor)), keywords)
 
     def _made_of(self, factor: Node | _Factor, scale: float = 1.0) -> Node:
         """The node of a factor, made where it does not exist."""
