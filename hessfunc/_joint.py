@@ -42,7 +42,7 @@ def _repeated(recording: Recording, body: Sequence[Node], moving: set[Node]) -> 
     position = {node: i for i, node in enumerate(body)}
     memory = Memory(recording)
     last = {memory.block[argument]: i for i, node in enumerate(body) for argument in node.all_input_nodes}
-    last |= {block: _FOREVER for block in (*memory.outside, *map(memory.block.__getitem__, recording.outputs))}
+    last |= dict.fromkeys((*memory.outside, *map(memory.block.__getitem__, recording.outputs)), _FOREVER)
     written = {storage for _, storage in recording.mutations}
     again: dict[Node, list[Node]] = {}
     for node in body:
@@ -95,4 +95,3 @@ class Memory:
     def total(self, nodes: Sequence[Node]) -> int:
         """Bytes that these results take beside inputs and constants."""
         return sum(self.size[block] for block in {self.block[node] for node in nodes} - self.outside)
-

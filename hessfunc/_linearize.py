@@ -17,16 +17,16 @@ from hessfunc._typing import Tensor
 
 
 class Linearized:
-    """``function(*primals, tangent)``, linear in its last argument, as two programs traced from one run.
+    """``function(*primals, tangent)``, linear in its last argument, as programs traced from one run.
 
     The primal program ``(*primals) -> residuals`` holds all operations that the tangent has no part in; the tangent
     program ``(*primals, *residuals, tangent) -> result`` the others. One evaluation of the first serves any number of
     tangents, and both serve all primals of the shapes traced.
 
-    A third program ``(*primals, tangent) -> result`` does all in one, in the order of the run, and holds the least. They
-    are written when they are called for the first time.
+    A third program ``(*primals, tangent) -> result`` does all in one, in the order of the run, and holds the least.
+    Each is written when it is called for the first time.
 
-    With ``compile`` the tangent program goes through ``torch.compile``. Without ``rewrite`` both programs do what the
+    With ``compile`` the tangent program goes through ``torch.compile``. Without ``rewrite`` programs do what the
     function did, operation by operation; with it they do less, and tensors may lie in memory in another order, which a
     few of torch's operations do not take.
 

@@ -21,7 +21,7 @@ def program(
     body: Sequence[Node],
     again: Mapping[Node, Sequence[Node]] | None = None,
 ) -> Program:
-    """``(*inputs) -> outputs`` by way of those operations of ``body`` that are needed, each result freed at its last use.
+    """``(*inputs) -> outputs`` by way of those operations of ``body`` that are needed; results go at their last use.
 
     ``again`` has operations to repeat right before another one; what they gave before is not held until then.
 

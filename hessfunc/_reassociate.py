@@ -209,9 +209,9 @@ class _Rewriter:
         if own or (term.factor is None and term.scale == 1):
             return term.base, own
         base, scale = term.base, term.scale
-        if isinstance(term.factor, Node) and self._shape(base).numel() < self._shape(term.factor).numel():
-            if scale != 1:  # a scaled factor would be one more to keep
-                base, scale = self._graph.call_function(_aten.mul.Scalar, (base, scale)), 1.0
+        smaller = isinstance(term.factor, Node) and self._shape(base).numel() < self._shape(term.factor).numel()
+        if smaller and scale != 1:  # a scaled factor would be one more to keep
+            base, scale = self._graph.call_function(_aten.mul.Scalar, (base, scale)), 1.0
         factor = scale if term.factor is None else self._made_of(term.factor, scale)
         operation = _aten.mul.Scalar if term.factor is None else _aten.mul.Tensor
         return self._graph.call_function(operation, (base, factor)), True

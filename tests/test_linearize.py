@@ -127,13 +127,18 @@ def evaluated(monkeypatch):
     """Which programs run: "primal", "tangent" or "all" in one."""
     names = {"residuals": "primal", "apply": "tangent", "apply_once": "all"}
     counts = Counter()
-    for method, name in names.items():
 
-        def watched(self, *inputs, original=getattr(Linearized, method), name=name):
+    def watched(method, name):
+        original = getattr(Linearized, method)
+
+        def counted(self, *inputs):
             counts[name] += 1
             return original(self, *inputs)
 
-        monkeypatch.setattr(Linearized, method, watched)
+        return counted
+
+    for method, name in names.items():
+        monkeypatch.setattr(Linearized, method, watched(method, name))
     return counts
 
 
