@@ -124,14 +124,25 @@ def _orthonormalized(basis: Tensor, block: Tensor, *, threshold: float) -> Tenso
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
     """Inner products of rows, ``left @ right.T``, summed in blocks as in [`flat_dot`][hessfunc.tree.flat_dot]."""
-    block = max(2**14, -(-left.shape[1] // 512))
+    block = _columns(left)
     parts = [a @ b.T for a, b in zip(left.split(block, dim=1), right.split(block, dim=1), strict=True)]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def project_off(basis: Tensor, rows: Tensor) -> Tensor:
     """Each row without its part along the orthonormal rows of ``basis``."""
-    return rows - inner(rows, basis) @ basis
+    along = inner(rows, basis)
+    if rows.device.type != "cpu":
+        return torch.addmm(rows, along, basis, alpha=-1)
+    # A product of few rows with long ones is three times as fast in pieces that stay in the cache.
+    result, block = torch.empty_like(rows), _columns(rows)
+    for piece, across, out in zip(*(x.split(block, dim=1) for x in (rows, basis, result)), strict=True):
+        torch.addmm(piece, along, across, alpha=-1, out=out)
+    return result
+
+
+def _columns(rows: Tensor) -> int:
+    return max(2**14, -(-rows.shape[1] // 512))
 
 
 def _empty(H: Operator) -> Tensor:

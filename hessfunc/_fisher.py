@@ -127,7 +127,8 @@ def fisher(
         count: what a batch weighs under ``"mean"``.
         chunk_size: largest number of vectors to push through one batch together.
         linearize: trace the product once for each shape of batch.
-        memory_budget: bytes to spend on what one pass over the data leaves for the next.
+        memory_budget: bytes for what does not depend on the vector, as in [`hessian`][hessfunc.hessian]; 0 takes the
+            least memory and more time.
         check: look at the first products for randomness, asymmetry and data that change.
 
     Raises:

@@ -52,8 +52,12 @@ def hessian(
         linearize: trace the product once for each shape of batch and evaluate what does not depend on the vector once
             per batch and pass (see ``hessfunc/_linearize.py``). The loss must then not depend on anything that changes
             between products besides its arguments. What cannot be traced runs without, after a ``ProductWarning``.
-        memory_budget: bytes to spend on what one pass over the data leaves for the next, so that it need not be
-            evaluated again; by default a quarter of the free memory. Batches of a DataLoader are not kept.
+        memory_budget: bytes to spend on what does not depend on the vector, so that it is not evaluated anew for each:
+            two to four times the memory of a gradient for each batch. Batches that it has room for keep theirs from
+            pass to pass; those of a DataLoader share theirs between the vectors of one pass. Without room a product
+            runs as one program that frees each value at its last use, which takes less memory than double backprop and
+            about 1.5 times as long; 0 asks for that throughout. The default keeps a quarter of the free memory and
+            always shares within a pass.
         compile: compile what depends on the vector with ``torch.compile``, which takes a minute or so for each
             shape of batch and a compiler on the machine; the first product is checked against the eager one.
         check: find out at the first product whether the loss gives the same value twice and whether the product is

@@ -14,11 +14,11 @@ from hessfunc._deflation import leaf_sums
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._eigsh import WHICH, wanted
 from hessfunc._estimate import Estimate
-from hessfunc._lanczos import Tridiagonal, lanczos
+from hessfunc._lanczos import Tridiagonal
 from hessfunc._operators import Operator
 from hessfunc._outliers import Outliers, RitzPairs
 from hessfunc._quadrature import Quadrature
-from hessfunc._runs import check_options, continued, deflated_rows, normalized, run_deflated
+from hessfunc._runs import check_options, continued, deflated_rows, normalized, run_deflated, run_orthogonal
 from hessfunc._typing import Tensor
 
 
@@ -179,7 +179,7 @@ def krylov(
 def _pilot(H: Operator, probe: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tridiagonal]:
     unit = normalized(probe.unsqueeze(0))[0]
     product = H.vector(unit)
-    return unit, product, lanczos(continued(H, product), unit, num_steps, reorthogonalize="full")
+    return unit, product, run_orthogonal(continued(H, product), unit, num_steps)
 
 
 def _pilot_row(

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 
+from hessfunc._joint import Memory, joint_program
+from hessfunc._program import Program, needed, program
 from hessfunc._reassociate import reassociate
 from hessfunc._recorder import NotRecordableError, Recording, record, select_result
 from hessfunc._simplify import simplify
 from hessfunc._typing import Tensor
 
-Program = Callable[..., list[Tensor]]
-
 
 class Linearized:
-    """``function(*primals, tangent)``, linear in its last argument, as two programs traced from one run.
+    """``function(*primals, tangent)``, linear in its last argument, as programs traced from one run.
 
     The primal program ``(*primals) -> residuals`` holds all operations that the tangent has no part in; the tangent
     program ``(*primals, *residuals, tangent) -> result`` the others. One evaluation of the first serves any number of
     tangents, and both serve all primals of the shapes traced.
 
-    With ``compile`` the tangent program goes through ``torch.compile``. Without ``rewrite`` both programs do what the
+    A third program ``(*primals, tangent) -> result`` does all in one, in the order of the run, and holds the least.
+    Each is written when it is called for the first time.
+
+    With ``compile`` the tangent program goes through ``torch.compile``. Without ``rewrite`` programs do what the
     function did, operation by operation; with it they do less, and tensors may lie in memory in another order, which a
     few of torch's operations do not take.
 
@@ -33,6 +37,8 @@ class Linearized:
         eps: rounding unit of the coarsest dtype that it computes with.
         convolves: whether there are convolutions among the operations.
         constants: tensors that the function closes over.
+        residual_bytes: memory that residuals take.
+        checked: the ways of replaying it that were compared with the function: ``True`` for all in one program.
     """
 
     def __init__(
@@ -55,20 +61,13 @@ class Linearized:
         if rewrite:
             simplify(recording)
             reassociate(recording)
-        moving = _moving(recording)
-        self._computes_result = recording.outputs[0] in moving
-        residuals = _residuals(recording, moving)
-        self._primal: Program = _program(
-            recording, recording.inputs[:-1], residuals, [n for n in _body(recording) if n not in moving]
-        )
-        self._tangent: Program = _program(
-            recording,
-            [*recording.inputs[:-1], *residuals, recording.inputs[-1]],
-            recording.outputs,
-            [n for n in _body(recording) if n in moving],
-        )
-        if compile:
-            self._tangent = torch.compile(self._tangent, dynamic=False)
+        self._recording = recording
+        self._moving = _moving(recording)
+        self._residuals = _residuals(recording, self._moving)
+        self._computes_result = recording.outputs[0] in self._moving
+        self._compile = compile
+        self.checked: set[bool] = set()
+        self.residual_bytes = Memory(recording).total(self._residuals)
 
     def residuals(self, primals: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate all that does not depend on the tangent."""
@@ -76,10 +75,65 @@ class Linearized:
 
     def apply(self, primals: Sequence[Tensor], residuals: Sequence[Tensor], tangent: Tensor) -> Tensor:
         """The result for one tangent, from the residuals at ``primals``; memory of its own."""
-        result = self._tangent(*primals, *residuals, tangent)[0]
+        return self._own(self._tangent(*primals, *residuals, tangent)[0], tangent)
+
+    def apply_once(self, primals: Sequence[Tensor], tangent: Tensor) -> Tensor:
+        """The result for one tangent without residuals, in less memory than they take; memory of its own."""
+        return self._own(self._joint(*primals, tangent)[0], tangent)
+
+    def _own(self, result: Tensor, tangent: Tensor) -> Tensor:
         # A constant result is a residual, and that of the identity is the tangent itself.
         shared = result.untyped_storage().data_ptr() == tangent.untyped_storage().data_ptr()
         return result.clone() if shared or not self._computes_result else result
+
+    @cached_property
+    def _primal(self) -> Program:
+        still = [node for node in _body(self._recording) if node not in self._moving]
+        return program(self._recording, self._recording.inputs[:-1], self._residuals, still)
+
+    @cached_property
+    def _tangent(self) -> Program:
+        *primals, tangent = self._recording.inputs
+        body = [node for node in _body(self._recording) if node in self._moving]
+        result = program(self._recording, [*primals, *self._residuals, tangent], self._recording.outputs, body)
+        return torch.compile(result, dynamic=False) if self._compile else result
+
+    @cached_property
+    def _joint(self) -> Program:
+        return joint_program(self._recording, _body(self._recording), self._moving)
+
+
+def replayed(
+    function: Callable[..., Tensor],
+    primals: list[Tensor],
+    rows: Tensor,
+    program: Linearized,
+    eager: Tensor,
+    *,
+    in_one: bool,
+) -> Tensor | None:
+    """The product as the program gives it from now on, or None if it is not that of the function."""
+    if not bool(torch.isfinite(eager).all()):
+        return eager
+
+    def replay(rows: Tensor) -> Tensor:
+        return program.apply_once(primals, rows) if in_one else program.apply(primals, residuals, rows)
+
+    residuals = [] if in_one else program.residuals(primals)
+    result = replay(rows)
+    if not _agree(result, eager, program.eps):
+        # A vector without curvature has a product of nothing but rounding errors: another one decides.
+        other = torch.linspace(1, 2 * rows.numel(), rows.numel(), dtype=rows.dtype, device=rows.device)
+        other = other.reshape(rows.shape).cos()
+        if not _agree(replay(other), function(*primals, other), program.eps):
+            return None
+    program.checked.add(in_one)
+    return result
+
+
+def _agree(replayed: Tensor, eager: Tensor, eps: float) -> bool:
+    difference = torch.linalg.vector_norm(replayed - eager)
+    return bool(difference <= min(100 * eps**0.75, 0.1) * torch.linalg.vector_norm(eager))
 
 
 def _body(recording: Recording) -> list[Node]:
@@ -118,24 +172,9 @@ def _moving(recording: Recording) -> set[Node]:
 
 
 def _residuals(recording: Recording, moving: set[Node]) -> list[Node]:
-    still = [node for node in _body(recording) if node not in moving]
-    wanted = [node for node in still if any(user in moving for user in node.users) or node in recording.outputs]
+    body = needed(_body(recording), recording.outputs)
+    served = moving.intersection(body)
+    still = [node for node in body if node not in moving]
+    wanted = [node for node in still if served.intersection(node.users) or node in recording.outputs]
     # A tuple of results cannot be handed over; its parts can.
     return [node for node in wanted if not any(user.target is select_result for user in node.users)]
-
-
-def _program(
-    recording: Recording, inputs: Sequence[Node], outputs: Sequence[Node], body: Sequence[Node]
-) -> GraphModule:
-    """The part of a recording from ``inputs`` to ``outputs``, without what neither needs."""
-    graph = Graph()
-    copies = {node: graph.placeholder(f"x{i}") for i, node in enumerate(inputs)}
-    for node in recording.graph.nodes:
-        if node.op == "get_attr":
-            copies[node] = graph.node_copy(node)
-    for node in body:
-        if node not in copies:
-            copies[node] = graph.node_copy(node, lambda argument: copies[argument])
-    graph.output([copies[node] for node in outputs])
-    graph.eliminate_dead_code()
-    return GraphModule(recording.constants, graph)

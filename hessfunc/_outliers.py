@@ -8,6 +8,7 @@ import torch
 from scipy.stats import chi2
 
 from hessfunc._checks import check_like
+from hessfunc._deflation import project_off
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._lanczos import Tridiagonal, eigh_tridiagonal
 from hessfunc._operators import Operator
@@ -39,7 +40,7 @@ class Outliers(NamedTuple):
 
     def project(self, rows: Tensor) -> Tensor:
         """Vectors, one per row, without their part along the eigenvectors."""
-        return rows - (rows @ self.rows.T) @ self.rows
+        return project_off(self.rows, rows)
 
     def deflate(self, H: Operator) -> Operator:
         """``P H P`` on vectors in the range of ``P``, the projector off the eigenvectors.

@@ -124,6 +124,7 @@ class _Rewriter:
             whole,
             key=lambda term: (
                 *(not self._is_own_memory(term, tree), self._is_own_product(term, tree), term.factor is None),
+                term.factor is not None and term.scale != 1,
             ),
         )
         rest = [term for term in terms if term is not start]
@@ -154,7 +155,8 @@ class _Rewriter:
         elif node.target is _aten.neg.default:
             branches = [(first, factor, -scale)]
         elif node.target in _ACTIVATION:
-            ones = _Factor(_aten.ones_like.default, (second,), (), self._shape(second))
+            one = _Factor(_aten.new_ones.default, (second, ()), (), torch.Size())
+            ones = _Factor(_aten.expand.default, (one, tuple(self._shape(second))), (), self._shape(second))
             slope = _Factor(node.target, (ones, *node.args[1:]), tuple(sorted(keywords.items())), self._shape(second))
             branches = [(first, self._times(factor, slope), scale)]
         else:
@@ -206,9 +208,13 @@ class _Rewriter:
         """The first term, and whether its memory may be written to."""
         if own or (term.factor is None and term.scale == 1):
             return term.base, own
-        factor = term.scale if term.factor is None else self._made_of(term.factor, term.scale)
+        base, scale = term.base, term.scale
+        smaller = isinstance(term.factor, Node) and self._shape(base).numel() < self._shape(term.factor).numel()
+        if smaller and scale != 1:  # a scaled factor would be one more to keep
+            base, scale = self._graph.call_function(_aten.mul.Scalar, (base, scale)), 1.0
+        factor = scale if term.factor is None else self._made_of(term.factor, scale)
         operation = _aten.mul.Scalar if term.factor is None else _aten.mul.Tensor
-        return self._graph.call_function(operation, (term.base, factor)), True
+        return self._graph.call_function(operation, (base, factor)), True
 
     def _accumulated(self, result: Node, term: _Term, *, in_place: bool, joined: bool) -> Node:
         keywords: dict[str, Any] = {"alpha": term.scale} if term.scale != 1 else {}
@@ -219,7 +225,8 @@ class _Rewriter:
             operation = _aten.add_.Tensor if in_place else _aten.add.Tensor
             return self._graph.call_function(operation, (result, term.base), keywords)
         operation = _aten.addcmul_.default if in_place else _aten.addcmul.default
-        return self._graph.call_function(operation, (result, term.base, self._made_of(term.factor, term.scale)))
+        keywords = {"value": term.scale} if term.scale != 1 else {}  # a scaled factor would be one more to keep
+        return self._graph.call_function(operation, (result, term.base, self._made_of(term.factor)), keywords)
 
     def _made_of(self, factor: Node | _Factor, scale: float = 1.0) -> Node:
         """The node of a factor, made where it does not exist."""

@@ -6,13 +6,13 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hessfunc import tree
 from hessfunc._checks import ProductWarning
-from hessfunc._linearize import Linearized
+from hessfunc._linearize import Linearized, replayed
 from hessfunc._recorder import NotRecordableError
 from hessfunc._typing import Loss, Params, Tensor
 
@@ -79,6 +79,7 @@ class TracedProduct:
         self._compile = compile
         self._max_lanes = max_lanes
         self._budget = available_memory(self._layout.device) // 4 if memory_budget is None else memory_budget
+        self._most_shared = float("inf") if memory_budget is None else memory_budget
         self._programs = programs
         self._strides = tuple(leaf.stride() for leaf in self._params)
         self._kept: dict[int, _Kept] = {}
@@ -105,19 +106,52 @@ class TracedProduct:
 
         primals = [*self._params, *tensors]
         results: list[Tensor] = []
-        for lanes in self._lanes(signature, rows.shape[0]):
+        pieces = self._lanes(signature, rows.shape[0])
+        way = _Way(position, keep, alone=len(pieces) == 1, shared={})
+        for lanes in pieces:
             start = sum(map(len, results))
             piece = rows[start : start + lanes]
             program = self._programs.traced.get((signature, lanes))
             if program is None:
-                program, result = self._trace(function, primals, piece)
-                if program is None:
-                    return self._run_eagerly(rows, batch)
-                self._programs.traced[signature, lanes] = program
+                program, result = self._trace(function, primals, piece, way)
+                if program is not None:
+                    self._programs.traced[signature, lanes] = program
             else:
-                result = program.apply(primals, self._residuals(program, primals, position, keep=keep), piece)
+                result = self._apply(program, function, primals, piece, way)
+            if result is None:
+                return self._run_eagerly(rows, batch)
             results.append(result)
         return torch.cat(results) if len(results) > 1 else results[0]
+
+    def _apply(
+        self,
+        program: Linearized,
+        function: Callable[..., Tensor],
+        primals: list[Tensor],
+        rows: Tensor,
+        way: _Way,
+    ) -> Tensor | None:
+        in_one = self._in_one(program, primals, way)
+        if in_one not in program.checked:
+            result = replayed(function, primals, rows, program, function(*primals, rows), in_one=in_one)
+            if result is None:
+                self._give_up("the replayed product differs from the eager one")
+            return result
+        if in_one:
+            return program.apply_once(primals, rows)
+        return program.apply(primals, self._residuals(program, primals, way), rows)
+
+    def _in_one(self, program: Linearized, primals: list[Tensor], way: _Way) -> bool:
+        """Whether to do without residuals: they would serve no other product, or are too large to."""
+        if self._compile:  # the tangent program is what is compiled
+            return False
+        kept = self._kept.get(way.position)
+        if kept is not None and kept.fits(program, primals):
+            return False
+        others = sum(kept.bytes for position, kept in self._kept.items() if position != way.position)
+        if way.keep and program.residual_bytes + others <= self._budget:
+            return False
+        return way.alone or program.residual_bytes > self._most_shared
 
     def _lanes(self, signature: Hashable, wanted: int) -> list[int]:
         """How many rows to take together: powers of two that suit the size of the operations, of sum ``wanted``."""
@@ -139,28 +173,29 @@ class TracedProduct:
         return [part for lanes in pieces for part in ([lanes] if known[lanes] else [1] * lanes)]
 
     def _trace(
-        self, function: Callable[..., Tensor], primals: list[Tensor], rows: Tensor
-    ) -> tuple[Linearized | None, Tensor]:
+        self, function: Callable[..., Tensor], primals: list[Tensor], rows: Tensor, way: _Way
+    ) -> tuple[Linearized | None, Tensor | None]:
         for rewrite in (True, False):
             try:
                 program = Linearized(function, primals, rows, compile=self._compile, rewrite=rewrite)
             except NotRecordableError as error:
                 self._give_up(str(error))
-                return None, rows
+                return None, None
             if rewrite and not self._is_repeatable(function, primals, rows, program):
-                return None, rows
-            if not bool(torch.isfinite(program.result).all()):
-                return program, program.result
+                return None, None
+            eager = program.result
+            del program.result  # as large as the vector
+            in_one = self._in_one(program, primals, way)
             try:
-                replayed = _replayed(function, primals, rows, program)
+                result = replayed(function, primals, rows, program, eager, in_one=in_one)
             except RuntimeError:
                 if not rewrite:
                     raise
                 continue
-            if replayed is not None:
-                return program, replayed  # as all products after it
+            if result is not None:
+                return program, result  # as all products after it
         self._give_up("the replayed product differs from the eager one")
-        return None, rows
+        return None, None
 
     def _is_repeatable(
         self, function: Callable[..., Tensor], primals: list[Tensor], rows: Tensor, program: Linearized
@@ -186,16 +221,21 @@ class TracedProduct:
             stacklevel=2,
         )
 
-    def _residuals(self, program: Linearized, primals: list[Tensor], position: int, *, keep: bool) -> list[Tensor]:
-        kept = self._kept.get(position)
+    def _residuals(self, program: Linearized, primals: list[Tensor], way: _Way) -> list[Tensor]:
+        kept = self._kept.get(way.position)
         if kept is not None and kept.fits(program, primals):
             return kept.residuals
+        if program in way.shared:
+            return way.shared[program]
+        way.shared.clear()  # those of another number of lanes
         residuals = program.residuals(primals)
-        if keep:
-            self._kept.pop(position, None)
+        if way.keep:
+            self._kept.pop(way.position, None)
             fresh = _Kept(program, primals, residuals)
             if fresh.bytes + sum(kept.bytes for kept in self._kept.values()) <= self._budget:
-                self._kept[position] = fresh
+                self._kept[way.position] = fresh
+                return residuals
+        way.shared[program] = residuals
         return residuals
 
     def _run_eagerly(self, rows: Tensor, batch: tuple[Any, ...]) -> Tensor:
@@ -210,6 +250,22 @@ class TracedProduct:
         if rows.shape[0] == 1 or not self._vmappable:
             return torch.stack([single(row) for row in rows])
         return torch.func.vmap(single, randomness="same")(rows)
+
+
+class _Way(NamedTuple):
+    """How a product is asked for.
+
+    Attributes:
+        position: of the batch.
+        keep: whether the batch stays the same object.
+        alone: whether no other product shares the pass.
+        shared: residuals of this pass that are not kept.
+    """
+
+    position: int
+    keep: bool
+    alone: bool
+    shared: dict[Linearized, list[Tensor]]
 
 
 class _Kept:
@@ -238,26 +294,6 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 1 << 30
-
-
-def _replayed(
-    function: Callable[..., Tensor], primals: list[Tensor], rows: Tensor, program: Linearized
-) -> Tensor | None:
-    """The product as the program gives it, or None if it is not that of the function."""
-    residuals = program.residuals(primals)
-    replayed = program.apply(primals, residuals, rows)
-    if _agree(replayed, program.result, program.eps):
-        return replayed
-    # A vector without curvature has a product of nothing but rounding errors: another one decides.
-    other = torch.linspace(1, 2 * rows.numel(), rows.numel(), dtype=rows.dtype, device=rows.device)
-    other = other.reshape(rows.shape).cos()
-    alike = _agree(program.apply(primals, residuals, other), function(*primals, other), program.eps)
-    return replayed if alike else None
-
-
-def _agree(replayed: Tensor, eager: Tensor, eps: float) -> bool:
-    difference = torch.linalg.vector_norm(replayed - eager)
-    return bool(difference <= min(100 * eps**0.75, 0.1) * torch.linalg.vector_norm(eager))
 
 
 def _versions(program: Linearized, primals: list[Tensor]) -> list[int]:

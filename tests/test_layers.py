@@ -19,7 +19,8 @@ LAYERS = {
     "pytrees": ["tree"],
     "checks and probes": ["_checks", "_probes"],
     "torch put right": [
-        *("_decompositions", "_explain", "_compat", "_recorder", "_simplify", "_zeros", "_reassociate", "_linearize"),
+        *("_decompositions", "_explain", "_compat", "_recorder", "_simplify", "_zeros", "_reassociate", "_program"),
+        *("_joint", "_linearize"),
     ],
     "products and operators": [
         *("_products", "_traced", "_module", "_restrict", "_data", "_operators", "_batched", "_hessian"),

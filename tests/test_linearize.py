@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -121,28 +122,54 @@ def test_one_trace_serves_all_batches_of_a_shape():
     assert sorted(calls) == [((2, 3),), ((6, 3),)]
 
 
-@pytest.mark.parametrize(("budget", "expected"), [(0, 2 * 3), (1 << 30, 0)])
-def test_primal_program_runs_once_per_batch_and_pass_or_never_again(monkeypatch, budget, expected):
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Which programs run: "primal", "tangent" or "all" in one."""
+    names = {"residuals": "primal", "apply": "tangent", "apply_once": "all"}
+    counts = Counter()
+
+    def watched(method, name):
+        original = getattr(Linearized, method)
+
+        def counted(self, *inputs):
+            counts[name] += 1
+            return original(self, *inputs)
+
+        return counted
+
+    for method, name in names.items():
+        monkeypatch.setattr(Linearized, method, watched(method, name))
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("budget", "num", "stable", "expected"),
+    [
+        (None, 1, True, {"tangent": 3}),
+        (1 << 30, 2, True, {"tangent": 6}),
+        (0, 1, True, {"all": 3}),
+        (0, 2, True, {"all": 6}),
+        (None, 1, False, {"all": 3}),
+        (None, 2, False, {"primal": 3, "tangent": 6}),  # shared within the pass
+        (0, 2, False, {"all": 6}),
+    ],
+)
+def test_residuals_are_kept_within_the_budget(evaluated, budget, num, stable, expected):
     params = torch.randn(3, dtype=torch.float64)
     batches = [(torch.randn(6, 3, dtype=torch.float64),) for _ in range(3)]
+    data = batches if stable else torch.utils.data.DataLoader(torch.cat([b for (b,) in batches]), batch_size=6)
 
     def loss(w, x):
         return ((x @ w) ** 4).mean()
 
-    H = hf.hessian(loss, params, batches, memory_budget=budget)
+    H = hf.hessian(loss, params, data, memory_budget=budget, chunk_size=1)
+    vectors = torch.randn(num, 3, dtype=torch.float64)
+    expected_product = hf.hessian(loss, params, batches, linearize=False).rows(vectors)
     for _ in range(2):
-        H.vector(torch.randn(3, dtype=torch.float64))
-    counts = []
-    original = Linearized.residuals
-
-    def watched(self, primals):
-        counts.append(1)
-        return original(self, primals)
-
-    monkeypatch.setattr(Linearized, "residuals", watched)
-    for _ in range(2):
-        H.vector(torch.randn(3, dtype=torch.float64))
-    assert len(counts) == expected
+        assert relative(H.rows(vectors), expected_product) < 1e-12
+    evaluated.clear()
+    assert relative(H.rows(vectors), expected_product) < 1e-12
+    assert dict(evaluated) == expected
 
 
 @pytest.mark.parametrize("changed", ["params", "data", "captured"])

@@ -39,6 +39,19 @@ def test_signs_are_signs():
     assert set(probes.unique().tolist()) == {-1.0, 1.0}
 
 
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 4003])
+def test_signs_are_independent_of_how_many_are_drawn_at_once(size):
+    """Eight come from one random number; chance is that of a fair coin for each entry and each pair of neighbours."""
+    whole = _probes.signs(3, size, generator=seeded(1), dtype=F64, device="cpu")
+    one_by_one = [_probes.signs(1, size, generator=g, dtype=F64, device="cpu") for g in [seeded(1)] for _ in range(3)]
+    assert whole.shape == (3, size)
+    assert whole.is_contiguous()
+    assert torch.equal(whole, torch.cat(one_by_one))
+    for lag in range(9 if size > 1000 else 0):
+        pairs = whole[:, lag:] * whole[:, : size - lag] if lag else whole
+        assert abs(float(pairs.mean())) < 5 / pairs.numel() ** 0.5
+
+
 def test_sphere_probes_have_length_sqrt_of_the_size():
     probes = _probes.sphere(20, 7, generator=seeded(), dtype=F64, device="cpu")
     assert torch.allclose(probes.norm(dim=1), torch.full((20,), 7**0.5, dtype=F64), rtol=1e-14)

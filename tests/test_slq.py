@@ -460,8 +460,10 @@ class TestDegenerate:
         values = torch.cat([outlier_spectrum(80)] * 3)
         results = [krylov(diagonal(values), num_steps=24, num_probes=6, generator=seeded(s)) for s in range(20)]
         for result in results:
-            # Now and then rounding brings a second copy into the space; it is exact as well then.
-            assert {round(value, 2) for value in result.quadrature.exact.tolist()} == {-4, 2, 2.5, 3, 4, 5, 7, 9, 12}
+            # Now and then rounding brings a second copy into the space; it is exact as well then. So is the edge of
+            # the bulk, 0.53, where the run has found it.
+            exact = {round(value, 2) for value in result.quadrature.exact.tolist()}
+            assert exact - {0.53} == {-4, 2, 2.5, 3, 4, 5, 7, 9, 12}
             assert bool(result.repeated.all())
         counts = [result.quadrature.count(low=4.5) for result in results]
         errors = torch.tensor([float(count.value) - 12 for count in counts])

@@ -1,0 +1,110 @@
+"""Part of a recording as a Python function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import Node
+
+from hessfunc._recorder import Recording, select_result
+from hessfunc._typing import Tensor
+
+Program = Callable[..., list[Tensor]]
+
+
+def program(
+    recording: Recording,
+    inputs: Sequence[Node],
+    outputs: Sequence[Node],
+    body: Sequence[Node],
+    again: Mapping[Node, Sequence[Node]] | None = None,
+) -> Program:
+    """``(*inputs) -> outputs`` by way of those operations of ``body`` that are needed; results go at their last use.
+
+    ``again`` has operations to repeat right before another one; what they gave before is not held until then.
+
+    Written here and not by ``torch.fx``, whose copy of a graph and source of it take about as long as recording it did.
+    """
+    again = again or {}
+    steps: list[Node] = []
+    for node in needed(body, outputs):
+        steps += [*again.get(node, ()), node]
+    return _Writer(recording, inputs).function(steps, outputs)
+
+
+def needed(body: Sequence[Node], outputs: Sequence[Node]) -> list[Node]:
+    """The operations that results depend on, and those that write to memory."""
+    wanted = set(outputs)
+    for node in reversed(body):
+        if node in wanted or is_write(node):
+            wanted.add(node)
+            wanted.update(node.all_input_nodes)
+    return [node for node in body if node in wanted]
+
+
+def is_write(node: Node) -> bool:
+    """Whether the operation writes to memory of an argument."""
+    return node.op == "call_function" and hasattr(node.target, "_schema") and node.target._schema.is_mutable
+
+
+class _Writer:
+    def __init__(self, recording: Recording, inputs: Sequence[Node]) -> None:
+        self._names = {node: f"x{i}" for i, node in enumerate(inputs)}
+        self._parameters = list(self._names.values())
+        self._globals: dict[str, Any] = {}
+        self._known: dict[int, str] = {}
+        for node in recording.graph.nodes:
+            if node.op == "get_attr":
+                self._names[node] = self._shared(recording.constants[node.target])
+
+    def function(self, steps: Sequence[Node], outputs: Sequence[Node]) -> Program:
+        lines = [f"def program({', '.join(self._parameters)}):"]
+        dying = _dying(steps, outputs)
+        for i, node in enumerate(steps):
+            lines.append(f"    {self._named(node)} = {self._call(node)}")
+            names = [self._names[dead] for dead in dying[i] if self._names[dead].startswith("v")]
+            if names:
+                lines.append(f"    del {', '.join(names)}")
+        lines.append(f"    return [{', '.join(self._names[node] for node in outputs)}]")
+        exec(compile("\n".join(lines), "<hessfunc program>", "exec"), self._globals)
+        return self._globals["program"]
+
+    def _named(self, node: Node) -> str:
+        return self._names.setdefault(node, f"v{len(self._names)}")
+
+    def _call(self, node: Node) -> str:
+        if node.target is select_result:
+            results, position = node.args
+            return f"{self._text(results)}[{position}]"
+        arguments = [self._text(argument) for argument in node.args]
+        arguments += [f"{name}={self._text(argument)}" for name, argument in node.kwargs.items()]
+        return f"{self._shared(node.target)}({', '.join(arguments)})"
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, Node):
+            return self._names[value]
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(map(self._text, value))}]"
+        if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+            return repr(value)
+        return self._shared(value)
+
+    def _shared(self, value: Any) -> str:
+        name = self._known.setdefault(id(value), f"g{len(self._known)}")
+        self._globals[name] = value  # which also keeps the object, and so its id
+        return name
+
+
+def _dying(steps: Sequence[Node], outputs: Sequence[Node]) -> list[list[Node]]:
+    """What to free after each step: used for the last time there, or made once more before its next use."""
+    dying: list[list[Node]] = [[] for _ in steps]
+    wanted = set(outputs)
+    for i in reversed(range(len(steps))):
+        node = steps[i]
+        used = dict.fromkeys([node, *node.all_input_nodes])
+        dying[i] = [n for n in used if n not in wanted]
+        wanted.discard(node)
+        wanted.update(node.all_input_nodes)
+    return dying
