@@ -48,8 +48,8 @@ class Asinh:
         self.linthresh = max(1e-2 * float(reaches.min()), 1e-6 * float(reaches.max()))
         ends = torch.stack([nodes.min(), nodes.max()]) / self.linthresh
         low, high = torch.asinh(ends).tolist()
-        self.grid = torch.sinh(torch.linspace(low - 0.5, high + 0.5, 700, dtype=torch.float64)) * self.linthresh
-        self.sigma = 0.12
+        self.grid = torch.sinh(torch.linspace(low - 1.2, high + 1.2, 700, dtype=torch.float64)) * self.linthresh
+        self.sigma = 0.35
         sizes = [q.size for q in found] or [1]
         self.floor = 0.1 / (min(sizes) * self.sigma * (2 * np.pi) ** 0.5)
 
@@ -64,7 +64,7 @@ class Asinh:
         """Set the scales."""
         ax.set_xscale("symlog", linthresh=self.linthresh)
         decades = range(int(np.ceil(np.log10(self.linthresh))), int(np.log10(float(self.grid.abs().max()))) + 1)
-        ticks = [10.0**d for d in decades][:: max(1, len(decades) // 3)]
+        ticks = [10.0**d for d in decades][:: 1 + len(decades) // 4]
         ax.xaxis.set_major_locator(FixedLocator([*(-tick for tick in ticks), 0.0, *ticks]))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlim(float(self.grid[0]), float(self.grid[-1]))
