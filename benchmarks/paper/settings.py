@@ -43,7 +43,7 @@ class Settings:
         vit_dim: features of a token.
         vit_patch: pixels on a side of a patch.
         vit_rates: initial learning rates, for AdamW.
-        minibatches: mini-batches for the spectra of largest eigenvalues.
+        minibatches: mini-batches for the spectra of largest eigenvalues, under the first seed.
         workers: processes; by default one per core, or 1 on a GPU.
         device: of the networks.
     """
@@ -121,7 +121,7 @@ SMALL = {
     "depths": (8, 20, 32),
     "width": 8,
     "epochs": 8,
-    "checkpoints": (0, 1, 2, 4),
+    "checkpoints": (0, 1, 2),
     "padding": 2,
     "rates": (0.1, 0.02, 0.005),
     "measured_images": 256,

@@ -145,7 +145,7 @@ class Task:
             numbers: dict[str, Any] = {"accuracy": right, **spectrum}
             if epoch == self.settings.epochs and not self.variant.staged:
                 numbers["surfaces"] = measurement.surfaces(model, part, pairs, effort)
-                if self.variant.is_vit:
+                if self.variant.is_vit and self.seed == self.settings.seeds[0]:
                     options = {"num_batches": self.settings.minibatches, "padding": self.settings.padding}
                     numbers["minibatch"] = measurement.minibatch_spectrum(
                         model, images.train, effort, flips=images.flips, seed=self.seed, **options
