@@ -141,7 +141,9 @@ def xdiag(
             outside = own @ basis
             samples = outside / probes * (own * components).sum(1, keepdim=True) - outside * (own @ products)
             mean = samples.mean(0)
-            squares = (samples - mean).square().sum(0) * _dependence(probes, samples, outside, products, own, components)
+            squares = (samples - mean).square().sum(0) * _dependence(
+                probes, samples, outside, products, own, components
+            )
             mean = mean + whole
         return _result(
             H,

@@ -7,7 +7,6 @@ from helpers import F64, SPECTRA, CountingRows, seeded, symmetric
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy import stats
 
 import hessfunc as hf
 from hessfunc import _leave_one_out, _probes
