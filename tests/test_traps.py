@@ -176,6 +176,16 @@ def test_fused_attention(kind):
     )
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_names_its_equivalent():
+    flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    q, k, v = (torch.randn(1, 1, 4, 8, generator=seeded(i)) for i in range(3))
+    text = r"uses flex_attention, which has neither .*F\.scaled_dot_product_attention and attn_mask"
+    for product in PRODUCTS:
+        with pytest.raises(NotImplementedError, match=text):
+            product(lambda w: flex(w, k, v).pow(2).sum(), q, q)
+
+
 def test_multihead_attention_without_weights():
     call, params = hf.functionalize(made(lambda: nn.MultiheadAttention(4, 2, batch_first=True)))
     x = randn(2, 3, 4)
