@@ -89,7 +89,8 @@ def test_spread_and_covariance_add_up_to_the_variance_of_the_mean(method, spectr
     monkeypatch.setattr(_leave_one_out, "_error", kept)
     diagonal = torch.tensor(spectrum, dtype=F64)
     for seed in range(1500):
-        probes = sphere(9, 60, seed)
+        # Next to the drop of STEP, after six, errors have such tails that no mean of squares settles.
+        probes = sphere(4 if spectrum is STEP else 9, 60, seed)
         images = probes * diagonal
         if method is nystrom_values:
             method(probes, images)
