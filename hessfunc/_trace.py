@@ -11,6 +11,7 @@ from hessfunc._deflation import Deflation
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._estimate import Estimate
 from hessfunc._operators import Operator
+from hessfunc._probe_law import ProbeLaw
 from hessfunc._probes import Sampler, signs
 from hessfunc._stopping import Stopping
 from hessfunc._typing import Params, Tensor
@@ -98,14 +99,14 @@ def hutchinson(
     check_generator(generator)
     chunk = chunk_length(H, chunk_size)
     with torch.no_grad():
-        known = Deflation.of(deflate, H, chunk)
+        known, law = Deflation.of(deflate, H, chunk), ProbeLaw(sampler)
         parts: list[Tensor] = []
         count, goal = 0, stopping.first
         while True:
             for probes in draw(H, goal - count, sampler, chunk, generator):
-                parts.append(_checked_samples(H, known, probes, parts))
+                parts.append(_checked_samples(H, known, law, probes, parts))
             count = goal
-            estimate = _estimate(H, known, parts)
+            estimate = _estimate(H, known, law, parts)
             following = stopping.following(estimate, count)
             if following is None:
                 break
@@ -119,23 +120,25 @@ def hutchinson(
     return estimate
 
 
-def _checked_samples(H: Operator, known: Deflation, probes: Tensor, parts: list[Tensor]) -> Tensor:
+def _checked_samples(H: Operator, known: Deflation, law: ProbeLaw, probes: Tensor, parts: list[Tensor]) -> Tensor:
     try:
-        samples = known.samples(H, probes)
+        samples, products = known.samples(H, probes)
         check_samples(samples)
     except NonFiniteError as error:
-        raise error.keeping(_estimate(H, known, parts) if parts else None) from None
+        raise error.keeping(_estimate(H, known, law, parts) if parts else None) from None
+    law.add(probes, products)
     return samples
 
 
-def _estimate(H: Operator, known: Deflation, parts: list[Tensor]) -> Estimate:
+def _estimate(H: Operator, known: Deflation, law: ProbeLaw, parts: list[Tensor]) -> Estimate:
     leaf_samples = torch.cat(parts)
-    return Estimate.of(
+    plain = Estimate.of(
         leaf_samples.sum(1),
         num_matvecs=len(leaf_samples) + known.num_matvecs,
         leaf_samples=leaf_samples,
         leaf_names=H.layout.names,
     )
+    return law.applied(plain)
 
 
 def chunk_length(H: Operator, chunk_size: int | None) -> int:
