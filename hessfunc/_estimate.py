@@ -18,8 +18,9 @@ class Estimate:
     Attributes:
         value: the estimate, a scalar; the mean of ``samples``.
         stderr: standard error of ``value``, a scalar: ``std(samples) / sqrt(num_samples)``; larger for ``xtrace`` and
-            ``xnystrace``, whose samples depend on one another, and for quadrature where the known law of its probes
-            says so. Infinite for a single sample, which tells nothing of its error; 0 where the value is exact.
+            ``xnystrace``, whose samples depend on one another, and for ``hutchinson``, ``hutchpp``, ``deflated`` and
+            quadrature where the known law of their probes says so. Infinite for a single sample, which tells nothing
+            of its error; 0 where the value is exact.
         samples: the values whose mean is the estimate, shape ``(num_samples,)``. Independent, one for each probe, for
             Hutchinson's method and for quadrature; what is known exactly (deflated pairs) is added to each. For
             ``xtrace`` and ``xnystrace`` the leave-one-out values, exchangeable but not independent.
@@ -104,10 +105,10 @@ class Estimate:
 
         Formula: ``value -+ t * stderr`` with the quantile ``t`` of Student's distribution with ``dof`` degrees of
         freedom: exact for normal samples, close for others from about eight on. Over 400 seeds, 95 % intervals hold the
-        truth in 92 to 98 % of runs, whatever the spectrum, for quadrature, XTrace, XNysTrace, XDiag, and the plain
-        methods with the large eigenvalues deflated. Those of ``hutchinson``, ``frobenius_squared`` and densities from
-        12 probes hold it in 87 to 92 % where a few eigenvalues make up most of it: few samples of a skewed quantity
-        seldom show their spread. ``tests/test_calibration.py`` has the table.
+        truth in 92 to 98 % of runs, whatever the spectrum, for traces and diagonals by every method. Those of
+        ``frobenius_squared``, densities, leaves and the trace in ``diagonal`` are from the spread alone, and hold it in 83
+        to 92 % where a few eigenvalues make up most of it: few samples of a skewed quantity seldom show their spread.
+        ``tests/test_calibration.py`` has the table.
 
         Raises:
             ValueError: ``confidence`` is not between 0 and 1.

@@ -14,7 +14,7 @@ from hessfunc._typing import Tensor
 
 
 class ProbeLaw:
-    """Unbiased estimates of ``Var <v, B v>`` from products with a symmetric ``B``, for the standard error of their mean.
+    """Estimates ``Var <v, B v>`` from products with a symmetric ``B``, without bias, for the error of their mean.
 
     Formula, with ``s`` the sum over entries of the sample variance of ``v * B v``:
 

@@ -44,6 +44,14 @@ def hutchinson(
     probes, without the outliers that make up most of ``|H|_F`` (as in Hutch++, Meyer et al. 2021). Unconverged
     vectors cost variance, and no bias.
 
+    The standard error is the larger one of the samples' spread and of that variance, which the products at hand tell:
+    twice the sum over entries of the sample variances of ``v * H v`` for signs, twice the mean of ``|H v|^2`` for
+    normal probes, the same off ``v`` for probes on the sphere, with ``(I - P) H (I - P)`` for ``H`` where deflated;
+    the spread alone for other samplers and by leaf. Degrees of freedom come from how much one probe's share in it
+    varies.
+    Over nine spectra of 60 parameters 95 % intervals held the trace in 93 to 97 % of runs with 8, 12 and 40 probes and
+    in 93 to 98.5 % with 4, where those of the spread alone did in 82 to 95 % (``tests/test_calibration.py``).
+
     Which method: if eigenpairs are at hand, or wanted anyway, this one with ``deflate``; if not,
     [`deflated`][hessfunc.deflated], which finds a subspace of its own, or [`xnystrace`][hessfunc.xnystrace] for a
     Gauss-Newton or Fisher matrix. On trained networks these took 9, 24 and 27 products to 5 % of the trace with 95 %
@@ -56,7 +64,8 @@ def hutchinson(
 
     Cost: one matvec per probe, one pass over the data per ``chunk_size`` probes; with ``deflate`` one more matvec for
     eigenpairs, and as many as there are vectors if these turn out not to be eigenpairs of ``H`` or come without
-    eigenvalues. Memory: four vectors per probe of a chunk, and those in ``deflate``.
+    eigenvalues. Memory: four vectors per probe of a chunk, two for the error,
+    and those in ``deflate``.
 
     Args:
         H: symmetric operator.
