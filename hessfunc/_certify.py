@@ -40,10 +40,14 @@ def certified(H: Operator, rows: Tensor, *, which: str, tol: float, scale: float
     """Eigenpairs from approximate eigenvectors, in order, with residuals from one product each.
 
     ``num_matvecs`` is what goes into the result and includes these products. ``scale`` is the norm of ``H``.
+
+    Raises:
+        NonFiniteError: a product is NaN or infinite.
     """
     if any(dtype != H.dtype for dtype in H.layout.dtypes):  # residuals are those of the vectors as handed out
         rows = H.layout.ravel_rows(H.layout.unravel_rows(rows))
     products = H.rows(rows)
+    check_finite(products, what="the product with an eigenvector", remedy="nothing can be learnt from it; check H.")
     pairs = list(zip(rows, products, strict=True))
     values = torch.stack([tree.flat_dot(row, product) / tree.flat_dot(row, row) for row, product in pairs])
     residuals = torch.stack([tree.flat_norm(p - value * row) for value, (row, p) in zip(values, pairs, strict=True)])

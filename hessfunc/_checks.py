@@ -24,7 +24,8 @@ class NonFiniteError(FloatingPointError):
 
     Attributes:
         partial: what the estimator had computed before: an ``Estimate`` over the probes done from ``hutchinson``, the
-            best ``Eigenpairs`` so far from ``eigsh`` (residuals by the recurrence, not computed anew), a ``Quadrature``
+            best ``Eigenpairs`` so far from ``eigsh`` (residuals by the recurrence, not computed anew), also where a
+            product of its last check is the one that fails, a ``Quadrature``
             over the probes done from ``slq``; ``None`` if there was nothing yet, and from all else.
 
     Example:

@@ -71,18 +71,25 @@ class Deflation:
         """``(I - P)`` on each row."""
         return project_off(self.rows, rows) if len(self.rows) else rows
 
-    def samples(self, H: Operator, probes: Tensor) -> Tensor:
-        """One unbiased sample of the trace by leaf for each probe, shape ``(num_probes, num_leaves)``."""
+    def samples(self, H: Operator, probes: Tensor) -> tuple[Tensor, Tensor]:
+        """One unbiased sample of the trace by leaf for each probe, shape ``(num_probes, num_leaves)``.
+
+        Second, the products ``(I - P) H (I - P)`` with the probes.
+        """
         rest = self.project(probes)
         products = H.rows(rest)
         found = leaf_sums(rest * products, H)
+        if not len(self.rows):
+            return found + self.leaf_traces, products
+        del rest
+        inside = inner(products, self.rows) @ self.rows
         if self.ritz:
             # <v, E P H w> has mean <u_j, E r_j> summed over j. Its sum over the leaves has mean 0 and would only add
             # noise to the whole, so it is taken off in shares that do not depend on the probe.
-            across = leaf_sums(probes * (inner(products, self.rows) @ self.rows), H)
+            across = leaf_sums(probes * inside, H)
             share = leaf_sums(self.rows.square(), H).sum(0) / len(self.rows)
             found = found + across - across.sum(1, keepdim=True) * share
-        return found + self.leaf_traces
+        return found + self.leaf_traces, products - inside
 
 
 def leaf_sums(rows: Tensor, H: Operator) -> Tensor:

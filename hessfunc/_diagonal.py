@@ -9,11 +9,15 @@ import torch
 from hessfunc._checks import check_count, check_finite, check_generator
 from hessfunc._deflation import extend_basis, leaf_sums, products_of
 from hessfunc._estimate import Estimate
+from hessfunc._leave_one_out import spread_and_covariance
 from hessfunc._operators import Operator
 from hessfunc._probes import Sampler, jittered, signs
 from hessfunc._stopping import Stopping
 from hessfunc._trace import chunk_length, draw
 from hessfunc._typing import Params, Tensor
+
+ENTRIES = 4096
+"""Entries of a diagonal that tell how much the values of XDiag depend on one another."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,9 @@ def xdiag(
     Formula: with ``P_i`` the projector onto the images ``H v_j`` of all probes but ``v_i``, the mean over i of
     ``diag(P_i H) + (I - P_i) H v_i / v_i`` (Epperly, Tropp and Webber 2024, section 2.4). Each of these is unbiased,
     and exact if the rank of ``H`` is below ``num_probes``. Probes are random signs times lengths close to 1. The
-    error of the mean is taken from the spread of the values as if these were independent: measured 3 % too small on
-    spectra with a bulk, up to 17 % on spectra that decay geometrically.
+    standard error takes in that the values depend on one another, as for [`xtrace`][hessfunc.xtrace], with one factor
+    for all entries: the spread of the values alone is up to 1.4 times too small. 95 % intervals of entries hold in 93
+    to 96 % of cases.
 
     Cost: two matvecs per probe, and at most ``H.size``: from there on the diagonal is computed exactly, from unit
     vectors. Memory: four vectors per probe.
@@ -136,7 +141,9 @@ def xdiag(
             outside = own @ basis
             samples = outside / probes * (own * components).sum(1, keepdim=True) - outside * (own @ products)
             mean = samples.mean(0)
-            squares = (samples - mean).square().sum(0)
+            squares = (samples - mean).square().sum(0) * _dependence(
+                probes, samples, outside, products, own, components
+            )
             mean = mean + whole
         return _result(
             H,
@@ -164,7 +171,8 @@ def frobenius_squared(
 
     Formula: ``|H|_F^2 = E[|H v|^2]`` for probes with ``E[v v^T] = I``: Hutchinson's method for ``H^2`` at one matvec a
     probe. A leaf's share is the squared norm of its rows of ``H``. One probe has variance ``2 (|H^2|_F^2 - sum_i
-    (H^2)_ii^2)`` with random signs.
+    (H^2)_ii^2)`` with random signs. It would take products with ``H^2`` to tell it, so the standard error is from the
+    spread: where a few eigenvalues make up most of it, 95 % intervals held the value in 87 to 92 % of runs.
 
     Cost: one matvec per probe. Memory: three vectors per probe of a chunk. [`diagonal`][hessfunc.diagonal] has this
     number among its results.
@@ -226,6 +234,33 @@ def _exact(H: Operator, chunk: int) -> DiagonalEstimate:
     value = torch.cat(parts)
     # Twice the same sample: the error is 0, also by leaf
     return _result(H, value, torch.zeros_like(value), traces.repeat(2, 1), norms.repeat(2, 1), H.size, spent=H.size)
+
+
+def _dependence(
+    probes: Tensor, samples: Tensor, outside: Tensor, products: Tensor, own: Tensor, components: Tensor
+) -> float:
+    """Factor by which leave-one-out values that depend on one another raise the variance of their mean.
+
+    From a part of the entries: the values that leave out a second probe take ``num_probes ** 2`` numbers for each.
+    """
+    count, size = samples.shape
+    chosen = torch.linspace(0, size - 1, min(size, ENTRIES)).round().long().to(samples.device)
+    probes, samples, outside, products = (x[:, chosen].cpu().double() for x in (probes, samples, outside, products))
+    own, components = own.cpu().double(), components.cpu().double()
+    # Without i and j the projector lacks two directions that are not orthogonal: an inverse of two by two
+    cosine = (own @ own.T).fill_diagonal_(0)
+    sine = (1 - cosine.square()).clamp(min=1e-12)
+    images, lengths = own @ products, (own * components).sum(1)
+    spread, covariance = torch.zeros(()), torch.zeros(())
+    for part in torch.arange(len(chosen)).split(max(1, ENTRIES // count)):
+        v, s, hs = probes[:, part], outside[:, part], images[:, part]
+        lost = s * hs
+        across = s.unsqueeze(1) * hs
+        lost = lost + lost.unsqueeze(1) - cosine.unsqueeze(2) * (across + across.transpose(0, 1))
+        back = lengths.unsqueeze(1) * (s - cosine.unsqueeze(2) * s.unsqueeze(1)) / v
+        parts = spread_and_covariance(samples[:, part], (back - lost) / sine.unsqueeze(2))
+        spread, covariance = spread + parts[0].sum(), covariance + parts[1].sum()
+    return 1 + max(0.0, float(covariance / spread)) if float(spread) > 0 else 1.0
 
 
 def _own_directions(components: Tensor) -> Tensor:

@@ -124,13 +124,17 @@ def eigsh(
         basis = KrylovBasis(H, max_basis, block_size, generator)
         basis.begin(_start_rows(H, v0, block_size, generator))
         try:
-            found = _solve(basis, goal, verify_steps)
+            verified = _solve(basis, goal, verify_steps)
         except NonFiniteError as error:
-            raise error.keeping(_partial(basis, goal)) from None
+            raise error.keeping(_Found.of(basis, goal).pairs(H, tol) if basis.count else None) from None
+        found = _Found.of(basis, goal)
         del basis  # makes room for the products with the result
         spent = found.num_matvecs + k
-        pairs = certified(H, found.rows, which=which, tol=tol, scale=found.scale, num_matvecs=spent)
-    _warn(goal, found.verified, pairs)
+        try:
+            pairs = certified(H, found.rows, which=which, tol=tol, scale=found.scale, num_matvecs=spent)
+        except NonFiniteError as error:
+            raise error.keeping(found.pairs(H, tol)) from None
+    _warn(goal, verified, pairs)
     return pairs
 
 
@@ -172,27 +176,30 @@ class _Goal:
 
 
 class _Found(NamedTuple):
+    """The best pairs of a basis, as the recurrence has them."""
+
     rows: Tensor
+    values: np.ndarray
+    residuals: np.ndarray
     scale: float
     num_matvecs: int
-    verified: bool
 
+    @classmethod
+    def of(cls, basis: KrylovBasis, goal: _Goal) -> _Found:
+        order = goal.order(basis)[: goal.k]
+        values, residuals = basis.ritz_values[order], basis.residuals[order]
+        return cls(basis.ritz_rows(order), values, residuals, basis.scale, basis.num_matvecs)
 
-def _partial(basis: KrylovBasis, goal: _Goal) -> Eigenpairs | None:
-    """The best pairs so far, as the recurrence has them."""
-    if not basis.count:
-        return None
-    H, order = basis.operator, goal.order(basis)[: goal.k]
-    values, residuals = basis.ritz_values[order], basis.residuals[order]
-    converged = residuals <= tolerances(values, basis.scale, goal.tol, basis.dtype)
-    rows = basis.ritz_rows(order)
-    return Eigenpairs(
-        torch.from_numpy(values).to(rows),
-        H.layout.unravel_rows(rows),
-        torch.from_numpy(residuals).to(rows),
-        torch.from_numpy(converged).to(H.device),
-        basis.num_matvecs,
-    )
+    def pairs(self, H: Operator, tol: float) -> Eigenpairs:
+        """For an error that comes before their residuals could be computed anew."""
+        converged = self.residuals <= tolerances(self.values, self.scale, tol, H.dtype)
+        return Eigenpairs(
+            torch.from_numpy(self.values).to(self.rows),
+            H.layout.unravel_rows(self.rows),
+            torch.from_numpy(self.residuals).to(self.rows),
+            torch.from_numpy(converged).to(H.device),
+            self.num_matvecs,
+        )
 
 
 def wanted(values: np.ndarray, which: str) -> np.ndarray:
@@ -219,7 +226,8 @@ def _start_rows(H: Operator, v0: Any, block_size: int, generator: torch.Generato
     return torch.stack([rows[i::block_size].sum(0) for i in range(min(block_size, len(rows)))])
 
 
-def _solve(basis: KrylovBasis, goal: _Goal, verify_steps: int) -> _Found:
+def _solve(basis: KrylovBasis, goal: _Goal, verify_steps: int) -> bool:
+    """Whether the search for missed pairs came to its end."""
     settled, verified = None, False
     while _search(basis, goal, goal.budget - verify_steps):
         now = goal.values(basis)
@@ -228,7 +236,7 @@ def _solve(basis: KrylovBasis, goal: _Goal, verify_steps: int) -> _Found:
         if verified or basis.num_matvecs + verify_steps > goal.budget:
             break
         settled = now if _unchallenged(basis, goal, now, verify_steps) else None
-    return _Found(basis.ritz_rows(goal.order(basis)[: goal.k]), basis.scale, basis.num_matvecs, verified)
+    return verified
 
 
 def _search(basis: KrylovBasis, goal: _Goal, budget: int) -> bool:

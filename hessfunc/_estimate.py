@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from scipy import stats
@@ -17,9 +17,10 @@ class Estimate:
 
     Attributes:
         value: the estimate, a scalar; the mean of ``samples``.
-        stderr: standard error of ``value``, a scalar: ``std(samples) / sqrt(num_samples)``, and for ``xtrace`` and
-            ``xnystrace`` the jackknife's. Infinite for a single sample, which tells nothing of its error; 0 where the
-            value is exact.
+        stderr: standard error of ``value``, a scalar: ``std(samples) / sqrt(num_samples)``; larger for ``xtrace`` and
+            ``xnystrace``, whose samples depend on one another, and for ``hutchinson``, ``hutchpp``, ``deflated`` and
+            quadrature where the known law of their probes says so. Infinite for a single sample, which tells nothing
+            of its error; 0 where the value is exact.
         samples: the values whose mean is the estimate, shape ``(num_samples,)``. Independent, one for each probe, for
             Hutchinson's method and for quadrature; what is known exactly (deflated pairs) is added to each. For
             ``xtrace`` and ``xnystrace`` the leave-one-out values, exchangeable but not independent.
@@ -27,6 +28,7 @@ class Estimate:
         leaf_samples: contributions of the leaves to each sample, shape ``(num_samples, num_leaves)``; its rows sum to
             ``samples``. ``None`` where the method has none.
         leaf_names: dotted names of the leaves; empty without ``leaf_samples``.
+        dof: degrees of freedom of ``stderr``; ``None`` stands for ``num_samples - 1``, those of a spread of samples.
 
     Example:
         >>> import torch
@@ -45,6 +47,7 @@ class Estimate:
     num_matvecs: int
     leaf_samples: Tensor | None = field(default=None, repr=False)
     leaf_names: tuple[str, ...] = ()
+    dof: float | None = None
 
     @classmethod
     def of(
@@ -55,6 +58,7 @@ class Estimate:
         leaf_samples: Tensor | None = None,
         leaf_names: Sequence[str] = (),
         stderr: Tensor | None = None,
+        dof: float | None = None,
     ) -> Estimate:
         """The mean of ``samples``, with the standard error of independent samples unless another is given."""
         samples = samples.detach().cpu().double()
@@ -68,6 +72,23 @@ class Estimate:
             num_matvecs=num_matvecs,
             leaf_samples=None if leaf_samples is None else leaf_samples.detach().cpu().double(),
             leaf_names=tuple(leaf_names),
+            dof=dof,
+        )
+
+    def scaled(self, factor: float) -> Estimate:
+        """The estimate of ``factor`` times the number.
+
+        Example:
+            >>> import torch
+            >>> Estimate.of(torch.tensor([9.0, 10.0, 11.0, 10.0]), num_matvecs=4).scaled(-0.1)
+            Estimate(-1 ± 0.041, num_samples=4, num_matvecs=4)
+        """
+        return replace(
+            self,
+            value=factor * self.value,
+            stderr=abs(factor) * self.stderr,
+            samples=factor * self.samples,
+            leaf_samples=None if self.leaf_samples is None else factor * self.leaf_samples,
         )
 
     def half_width(self, confidence: float = 0.95) -> float:
@@ -76,13 +97,18 @@ class Estimate:
         stderr = float(self.stderr)
         if stderr == 0 or stderr == float("inf"):
             return stderr
-        return float(stats.t.ppf(0.5 + confidence / 2, df=self.samples.shape[0] - 1)) * stderr
+        dof = self.samples.shape[0] - 1 if self.dof is None else self.dof
+        return float(stats.t.ppf(0.5 + confidence / 2, df=dof)) * stderr
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Interval that holds the true value with probability ``confidence``.
 
-        Formula: ``value -+ t * stderr`` with the quantile ``t`` of Student's distribution with ``num_samples - 1``
-        degrees of freedom: exact for normal samples, close for others from about eight on.
+        Formula: ``value -+ t * stderr`` with the quantile ``t`` of Student's distribution with ``dof`` degrees of
+        freedom: exact for normal samples, close for others from about eight on. Over 400 seeds, 95 % intervals hold the
+        truth in 92 to 98 % of runs, whatever the spectrum, for traces and diagonals by every method. Those of
+        ``frobenius_squared``, densities, leaves and the trace in ``diagonal`` are of the spread alone, holding it in 83
+        to 92 % where a few eigenvalues make up most of it: few samples of a skewed quantity seldom show their spread.
+        ``tests/test_calibration.py`` has the table.
 
         Raises:
             ValueError: ``confidence`` is not between 0 and 1.

@@ -35,6 +35,11 @@ _CAUSES = (
         "hessfunc.hvp_double_backward (product=hessfunc.hvp_double_backward).",
     ),
     _Cause(
+        ("flex_attention", "FlexAttention"),
+        "uses flex_attention, which has neither forward-mode nor second derivatives",
+        "Write it with F.scaled_dot_product_attention and attn_mask, which a product runs in its elementary form.",
+    ),
+    _Cause(
         ("implement the jvp function",),
         "calls an autograd.Function without a jvp method",
         f"Write one (its tangents, from those of the inputs). Otherwise: {_DOUBLE_BACKWARD}",

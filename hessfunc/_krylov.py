@@ -172,7 +172,15 @@ def krylov(
             num_exact=len(which),
         )
         shares = torch.cat([_pilot_shares(H, unit, product, own), _shares(H, found, rest.shares)])
-    trace = Estimate.of(shares.sum(dim=1), num_matvecs=spent, leaf_samples=shares, leaf_names=H.layout.names)
+    law = quadrature.trace()
+    trace = Estimate.of(
+        shares.sum(dim=1),
+        num_matvecs=spent,
+        leaf_samples=shares,
+        leaf_names=H.layout.names,
+        stderr=law.stderr,
+        dof=law.dof,
+    )
     return Krylov(quadrature, trace, pairs.values, pairs.residuals, repeated, H, pairs)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,11 @@ SHARE = 1e-3
 
 _FINEST = 2.0**-12
 """Smallest default bandwidth as a part of the whole spectral width; bounds the default grid."""
+
+_NORMAL = 1e6
+"""Degrees of freedom from which on Student's distribution is the normal one."""
+
+_SMALLEST = 1e-300
 
 
 class ErrorBound(NamedTuple):
@@ -82,6 +87,12 @@ class Quadrature:
         degree ``2 num_steps - 1``, as close as they come to ``f`` otherwise (Ubaru, Chen and Saad 2017). The standard
         error covers the probes' noise, not that remainder.
 
+        A probe uniform on the sphere gives ``tr f(H)`` with variance ``2 size^2 / (size + 2)`` times that of ``f`` over
+        the eigenvalues. The quadrature tells this variance from all its nodes, and its degrees of freedom from their
+        kurtosis. The standard error is the larger one of it and of the samples' spread: few samples of a skewed
+        quantity, such as ``lambda^2`` of few large eigenvalues, seldom show their spread. 95 % intervals held the truth
+        in 92 to 98 % of runs with 4, 8, 12 and 40 probes, where those of the spread alone did in 82 to 96 %.
+
         Args:
             f: elementwise function of a float64 tensor, for example ``lambda x: torch.log(x + c)`` (log-determinant
                 of ``H + c``), ``lambda x: x.abs() ** p`` (Schatten norm to the power p), ``lambda x: x / (x + c)``
@@ -114,7 +125,7 @@ class Quadrature:
                 f"{float(self._support().min()):.6g} to {float(self._support().max()):.6g}. Shift the spectrum into "
                 "the domain of f, for example lambda x: torch.log(x + c)."
             )
-        return self._estimate(self.size * (self.weights * values).sum(dim=1))
+        return self._by_law(values, self.size)
 
     def moment(self, p: int) -> Estimate:
         """``tr(H^p) / size``, the p-th moment of the density (which has mass 1).
@@ -123,10 +134,14 @@ class Quadrature:
             ValueError: ``p`` is negative.
         """
         check_count(p, name="p", minimum=0)
-        return self._estimate((self.weights * self.nodes**p).sum(dim=1))
+        return self._by_law(self.nodes**p, 1.0)
 
     def count(self, low: float = -math.inf, high: float = math.inf) -> Estimate:
-        """Number of eigenvalues in ``low < lambda <= high``."""
+        """Number of eigenvalues in ``low < lambda <= high``.
+
+        A node is inside or outside as a whole, which moves the number by as much as the node weighs; the standard
+        error, of the probes' noise alone, does not cover it. Ends in a gap of the spectrum are safe.
+        """
         inside = (self.nodes > low) & (self.nodes <= high)
         return self._estimate(self.size * (self.weights * inside).sum(dim=1))
 
@@ -235,6 +250,23 @@ class Quadrature:
 
     def _estimate(self, samples: Tensor) -> Estimate:
         return Estimate.of(samples, num_matvecs=self.num_matvecs)
+
+    def _by_law(self, values: Tensor, scale: float) -> Estimate:
+        """Mean of ``scale * sum_i weight_i value_i``, with what is known of the law of probes on the sphere."""
+        plain = self._estimate(scale * (self.weights * values).sum(dim=1))
+        rest, weights = values[:, self.num_exact :], self.weights[:, self.num_exact :]
+        size, mass = self.size - self.num_exact, float(weights.sum())
+        if self.num_probes == 1 or mass == 0:
+            return plain
+        share = weights / mass
+        centred = rest - (share * rest).sum()
+        unit = float(centred[weights > 0].abs().max()) or 1.0  # so that no fourth power over- or underflows
+        squares = (centred / unit).square()
+        variance = float((share * squares).sum())
+        noise = float((share * (squares - variance).square()).sum())
+        known = scale * unit * mass / self.num_probes * math.sqrt(2 * variance / ((size + 2) * self.num_probes))
+        dof = self.num_probes - 1 + self.num_probes * (size + 2) * variance**2 / max(noise, _SMALLEST)
+        return replace(plain, stderr=plain.stderr.clamp(min=known), dof=min(dof, _NORMAL))
 
     def _support(self) -> Tensor:
         return self.nodes[self.weights > 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,8 +69,7 @@ def sharpness(H: Operator, *, num_probes: int = 32, tol: float = 1e-3, generator
     """
     top = eigsh(H, 1, which="LA", tol=tol, generator=generator)
     trace = hutchinson(H, num_probes=num_probes, deflate=top, generator=generator)
-    mean = Estimate.of(trace.samples / H.size, num_matvecs=trace.num_matvecs)
-    return Sharpness(top, trace, mean, top.num_matvecs + trace.num_matvecs)
+    return Sharpness(top, trace, trace.scaled(1 / H.size), top.num_matvecs + trace.num_matvecs)
 
 
 def sam_ascent(loss: Loss, params: Params, *batch: Any, rho: float = 0.05) -> tuple[Params, Tensor]:
@@ -143,7 +142,7 @@ def stable_rank(H: Operator, *, num_probes: int = 32, tol: float = 1e-3, generat
     if largest == 0:
         raise ValueError("H is zero: no eigenvalue differs from 0, so the stable rank 0/0 is not defined.")
     square = frobenius_squared(H, num_probes=num_probes, generator=generator)
-    return Estimate.of(square.samples / largest**2, num_matvecs=top.num_matvecs + square.num_matvecs)
+    return replace(square.scaled(largest**-2), num_matvecs=top.num_matvecs + square.num_matvecs)
 
 
 def effective_dimension(quadrature: Quadrature, shift: float) -> Estimate:

@@ -8,6 +8,7 @@ from hessfunc._deflation import extend_basis, inner, leaf_sums, products_of, pro
 from hessfunc._estimate import Estimate
 from hessfunc._leave_one_out import nystrom_values, xtrace_values
 from hessfunc._operators import Operator
+from hessfunc._probe_law import ProbeLaw
 from hessfunc._probes import Sampler, signs, sphere
 from hessfunc._trace import check_samples, draw
 from hessfunc._typing import Tensor
@@ -59,6 +60,7 @@ class HutchPlusPlus(Sketch):
         super().__init__(H, chunk, generator)
         self.num_seen = 0
         self.basis = self.rest = self.rest_products = self.none
+        self.shares = self.none[:, :0]  # of the basis in the probes that test: probes = rest + shares @ basis
         self.leaf_traces = torch.zeros(len(H.layout.sizes), dtype=torch.float64)
 
     def cost(self, count: int) -> int:
@@ -71,7 +73,10 @@ class HutchPlusPlus(Sketch):
         self.leaf_traces = self.leaf_traces + leaf_sums(rows * products, self.H).sum(0)
         across = inner(self.rest, rows)
         rest, rest_products = self.rest - across @ rows, self.rest_products - across @ products
-        tests = project_off(self.basis, self.draw(count // 2 - len(rest)))
+        probes = self.draw(count // 2 - len(rest))
+        fresh = inner(probes, self.basis)
+        tests = probes - fresh @ self.basis
+        self.shares = torch.cat([torch.cat([self.shares, across], dim=1), fresh])
         self.rest, self.rest_products = torch.cat([rest, tests]), torch.cat([rest_products, self.multiply(tests)])
 
     def widen(self, num: int) -> tuple[Tensor, Tensor]:
@@ -81,12 +86,17 @@ class HutchPlusPlus(Sketch):
 
     def estimate(self) -> Estimate:
         leaf_samples = self.leaf_traces + leaf_sums(self.rest * self.rest_products, self.H)
-        return Estimate.of(
+        plain = Estimate.of(
             leaf_samples.sum(1),
             num_matvecs=self.num_matvecs,
             leaf_samples=leaf_samples,
             leaf_names=self.H.layout.names,
         )
+        law = ProbeLaw(self.sampler)
+        parts = (x.split(self.chunk) for x in (self.rest, self.shares, self.rest_products))
+        for rest, shares, products in zip(*parts, strict=True):
+            law.add(rest + shares @ self.basis, project_off(self.basis, products))
+        return law.applied(plain)
 
 
 class KrylovDeflation(HutchPlusPlus):

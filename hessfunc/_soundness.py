@@ -21,6 +21,12 @@ OFF = "check=False leaves this check out."
 class Soundness:
     """The checks of one operator, each made once: the loss repeats, the product is symmetric, the data stay the same.
 
+    Loss and product are looked at on the first batch. What is wrong with them lies in the operations of the loss, which
+    are the same for all batches: shapes aside, a loss can only take another way by the values of a tensor, which is
+    noticed when it is traced. A wrong derivative in a branch that the first batch does not enter goes unnoticed. A
+    check of a later batch would need two products of its own, as the vector of a caller may be one whose product is
+    rounding alone.
+
     Cost: two evaluations of the loss and two products on the first batch, at the first product; one more gradient and
     two products in float64 where rounding might be taken for asymmetry. From then on a sum over the data in each pass
     over a loader; nothing for a tuple or list.

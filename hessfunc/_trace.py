@@ -11,6 +11,7 @@ from hessfunc._deflation import Deflation
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._estimate import Estimate
 from hessfunc._operators import Operator
+from hessfunc._probe_law import ProbeLaw
 from hessfunc._probes import Sampler, signs
 from hessfunc._stopping import Stopping
 from hessfunc._typing import Params, Tensor
@@ -43,6 +44,14 @@ def hutchinson(
     probes, without the outliers that make up most of ``|H|_F`` (as in Hutch++, Meyer et al. 2021). Unconverged
     vectors cost variance, and no bias.
 
+    The standard error is the larger one of the samples' spread and of that variance, which the products at hand tell:
+    twice the sum over entries of the sample variances of ``v * H v`` for signs, twice the mean of ``|H v|^2`` for
+    normal probes, the same off ``v`` for probes on the sphere, with ``(I - P) H (I - P)`` for ``H`` where deflated;
+    the spread alone for other samplers and by leaf. Degrees of freedom come from how much one probe's share in it
+    varies.
+    Over nine spectra of 60 parameters 95 % intervals held the trace in 93 to 97 % of runs with 8, 12 and 40 probes and
+    in 93 to 98.5 % with 4, where those of the spread alone did in 82 to 95 % (``tests/test_calibration.py``).
+
     Which method: if eigenpairs are at hand, or wanted anyway, this one with ``deflate``; if not,
     [`deflated`][hessfunc.deflated], which finds a subspace of its own, or [`xnystrace`][hessfunc.xnystrace] for a
     Gauss-Newton or Fisher matrix. On trained networks these took 9, 24 and 27 products to 5 % of the trace with 95 %
@@ -55,7 +64,8 @@ def hutchinson(
 
     Cost: one matvec per probe, one pass over the data per ``chunk_size`` probes; with ``deflate`` one more matvec for
     eigenpairs, and as many as there are vectors if these turn out not to be eigenpairs of ``H`` or come without
-    eigenvalues. Memory: four vectors per probe of a chunk, and those in ``deflate``.
+    eigenvalues. Memory: four vectors per probe of a chunk, two for the error,
+    and those in ``deflate``.
 
     Args:
         H: symmetric operator.
@@ -98,14 +108,14 @@ def hutchinson(
     check_generator(generator)
     chunk = chunk_length(H, chunk_size)
     with torch.no_grad():
-        known = Deflation.of(deflate, H, chunk)
+        known, law = Deflation.of(deflate, H, chunk), ProbeLaw(sampler)
         parts: list[Tensor] = []
         count, goal = 0, stopping.first
         while True:
             for probes in draw(H, goal - count, sampler, chunk, generator):
-                parts.append(_checked_samples(H, known, probes, parts))
+                parts.append(_checked_samples(H, known, law, probes, parts))
             count = goal
-            estimate = _estimate(H, known, parts)
+            estimate = _estimate(H, known, law, parts)
             following = stopping.following(estimate, count)
             if following is None:
                 break
@@ -119,23 +129,25 @@ def hutchinson(
     return estimate
 
 
-def _checked_samples(H: Operator, known: Deflation, probes: Tensor, parts: list[Tensor]) -> Tensor:
+def _checked_samples(H: Operator, known: Deflation, law: ProbeLaw, probes: Tensor, parts: list[Tensor]) -> Tensor:
     try:
-        samples = known.samples(H, probes)
+        samples, products = known.samples(H, probes)
         check_samples(samples)
     except NonFiniteError as error:
-        raise error.keeping(_estimate(H, known, parts) if parts else None) from None
+        raise error.keeping(_estimate(H, known, law, parts) if parts else None) from None
+    law.add(probes, products)
     return samples
 
 
-def _estimate(H: Operator, known: Deflation, parts: list[Tensor]) -> Estimate:
+def _estimate(H: Operator, known: Deflation, law: ProbeLaw, parts: list[Tensor]) -> Estimate:
     leaf_samples = torch.cat(parts)
-    return Estimate.of(
+    plain = Estimate.of(
         leaf_samples.sum(1),
         num_matvecs=len(leaf_samples) + known.num_matvecs,
         leaf_samples=leaf_samples,
         leaf_names=H.layout.names,
     )
+    return law.applied(plain)
 
 
 def chunk_length(H: Operator, chunk_size: int | None) -> int:

@@ -137,6 +137,7 @@ def _document(report: Report) -> dict[str, Any]:
             "stderr": float(trace.stderr),
             "interval_95": list(trace.interval(0.95)),
             "num_samples": len(trace.samples),
+            "dof": trace.dof,
             "num_matvecs": trace.num_matvecs,
         },
         "density": {
@@ -216,6 +217,7 @@ def _restored(document: dict[str, Any], archives: dict[str, dict[str, np.ndarray
             num_matvecs=document["trace"]["num_matvecs"],
             leaf_samples=arrays["trace_leaf_samples"],
             leaf_names=tuple(leaves),
+            dof=document["trace"].get("dof"),  # reports from before it was kept
         ),
         quadrature=Quadrature(
             nodes=arrays["nodes"],

@@ -28,7 +28,7 @@ def errors(method, matrix: torch.Tensor, num_probes: int, seeds: int) -> tuple[t
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize(("method", "low", "high"), [(diagonal, 0.94, 1.06), (xdiag, 0.78, 1.06)])
+@pytest.mark.parametrize(("method", "low", "high"), [(diagonal, 0.94, 1.06), (xdiag, 0.94, 1.09)])
 def test_errors_are_what_the_standard_errors_say(name, method, low, high):
     error, stderr = errors(method, symmetric(SPECTRA[name]), 8, 200)
     ratio = float((stderr.square().mean() / error.square().mean()).sqrt())

@@ -1,16 +1,13 @@
-"""Every standard error against the truth over 400 seeds, and what scaling, order and precision may change."""
+"""What scaling, order and precision may change, and what they must not."""
 
-from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
 from helpers import F64, relative_error, seeded, symmetric
-from scipy import stats
 
 import hessfunc as hf
 
-SEEDS = 400
 SPECTRUM = torch.cat([torch.linspace(-1, 3, 52, dtype=F64), torch.tensor([5.0, 7.0, 9.0, 12.0], dtype=F64)])
 
 
@@ -22,58 +19,6 @@ def matrix():
 @cache
 def operator():
     return hf.as_operator(matrix())
-
-
-@cache
-def known_pairs():
-    return hf.eigsh(operator(), 4, generator=seeded())
-
-
-QUADRATURE = {"num_steps": 6, "num_probes": 12, "exact_outliers": False}
-
-# What is estimated, by whom, and the true value.
-ESTIMATES: dict[str, tuple[Callable[[torch.Generator], hf.Estimate], Callable[[], float]]] = {
-    "hutchinson": (lambda g: hf.hutchinson(operator(), num_probes=12, generator=g), lambda: float(SPECTRUM.sum())),
-    "hutchinson with a tolerance": (
-        lambda g: hf.hutchinson(operator(), atol=25.0, generator=g),
-        lambda: float(SPECTRUM.sum()),
-    ),
-    "deflated": (
-        lambda g: hf.deflated(operator(), known_pairs(), num_probes=12, generator=g),
-        lambda: float(SPECTRUM.sum()),
-    ),
-    "hutchpp": (lambda g: hf.hutchpp(operator(), num_probes=24, generator=g), lambda: float(SPECTRUM.sum())),
-    "frobenius_squared": (
-        lambda g: hf.frobenius_squared(operator(), num_probes=12, generator=g),
-        lambda: float(SPECTRUM.square().sum()),
-    ),
-    "slq trace": (lambda g: hf.slq(operator(), **QUADRATURE, generator=g).trace(), lambda: float(SPECTRUM.sum())),
-    # With 12 probes 91 of 100: squares of few large eigenvalues make samples skewed, which the t-interval is not for.
-    "slq second moment": (
-        lambda g: hf.slq(operator(), **{**QUADRATURE, "num_probes": 40}, generator=g).moment(2),
-        lambda: float(SPECTRUM.square().mean()),
-    ),
-    "slq trace of exp(-H)": (
-        lambda g: hf.slq(operator(), **QUADRATURE, generator=g).trace(lambda x: torch.exp(-x)),
-        lambda: float(torch.exp(-SPECTRUM).sum()),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ESTIMATES)
-def test_intervals_hold_the_truth_in_95_of_100_runs(name):
-    estimate, truth = ESTIMATES[name]
-    runs = [estimate(seeded(seed)) for seed in range(SEEDS)]
-    held = sum(low <= truth() <= high for low, high in (run.interval(0.95) for run in runs)) / SEEDS
-    # A tolerance stops where the error happens to look small.
-    assert (0.90 if "tolerance" in name else 0.92) <= held <= 0.98, held
-
-
-def test_intervals_of_the_diagonal_hold_the_truth_in_95_of_100_runs():
-    runs = [hf.diagonal(operator(), num_probes=12, generator=seeded(seed)) for seed in range(SEEDS)]
-    reach = stats.t.ppf(0.975, 11)
-    held = torch.stack([(run.value - matrix().diagonal()).abs() <= reach * run.stderr for run in runs]).double().mean()
-    assert 0.92 <= float(held) <= 0.98
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e12])

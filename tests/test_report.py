@@ -104,6 +104,7 @@ def test_document_states_every_figure(tmp_path):
         "stderr": float(report.trace.stderr),
         "interval_95": list(report.trace.interval(0.95)),
         "num_samples": 6,
+        "dof": None,
         "num_matvecs": 6,
     }
     density = report.quadrature.density()

@@ -312,7 +312,8 @@ class TestCalibration:
             reported = torch.tensor([float(e.stderr) for e in estimates])
             spread = float(errors.std())
             assert abs(float(errors.mean())) < 3.5 * spread / trials**0.5
-            assert float(reported.square().mean().sqrt()) == pytest.approx(spread, rel=0.2)
+            # The larger of two estimates, so above the true one with few probes.
+            assert 0.8 * spread <= float(reported.square().mean().sqrt()) <= 1.35 * spread
         covered = [low <= float(values.sum()) <= high for low, high in (q.trace().interval() for q in runs)]
         assert 0.91 <= np.mean(covered) <= 0.99
 

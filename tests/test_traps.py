@@ -176,6 +176,16 @@ def test_fused_attention(kind):
     )
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_names_its_equivalent():
+    flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    q, k, v = (torch.randn(1, 1, 4, 8, generator=seeded(i)) for i in range(3))
+    text = r"uses flex_attention, which has neither .*F\.scaled_dot_product_attention and attn_mask"
+    for product in PRODUCTS:
+        with pytest.raises(NotImplementedError, match=text):
+            product(lambda w: flex(w, k, v).pow(2).sum(), q, q)
+
+
 def test_multihead_attention_without_weights():
     call, params = hf.functionalize(made(lambda: nn.MultiheadAttention(4, 2, batch_first=True)))
     x = randn(2, 3, 4)
@@ -751,6 +761,20 @@ def test_nan_keeps_the_eigenpairs_so_far():
     with pytest.raises(hf.NonFiniteError) as caught:
         hf.eigsh(failing(0), 2, generator=seeded())
     assert caught.value.partial is None
+
+
+def test_nan_in_the_last_products_keeps_the_eigenpairs():
+    """Those that compute the residuals anew, when all the work is done."""
+    whole = hf.eigsh(failing(10**6), 2, generator=seeded())
+    with pytest.raises(
+        hf.NonFiniteError, match=r"the product with an eigenvector is NaN.*\.partial, an Eigenpairs"
+    ) as caught:
+        hf.eigsh(failing(whole.num_matvecs - 2), 2, generator=seeded())
+    pairs = caught.value.partial
+    assert pairs.num_matvecs == whole.num_matvecs - 2
+    assert pairs.converged.all()
+    torch.testing.assert_close(pairs.eigenvalues, whole.eigenvalues, rtol=1e-10, atol=0)
+    torch.testing.assert_close(pairs.residuals, whole.residuals, rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize(("options", "probes"), [({"exact_outliers": False, "chunk_size": 2}, 2), ({}, 1)])
