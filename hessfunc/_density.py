@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hessfunc._checks import check_finite, check_positive
+from hessfunc._sphere_law import known_error
 from hessfunc._typing import Tensor
 
 _PADDING = 6.0
@@ -14,8 +15,11 @@ _PADDING = 6.0
 
 _POINTS_PER_SIGMA = 4
 _MAX_POINTS = 2**18
-_BLOCK = 2**20
-"""Grid points times nodes evaluated at a time."""
+_BLOCK = 2**16
+"""Grid points times nodes evaluated at a time: few enough for the processor's cache."""
+
+_APART = 2.0
+"""Spread over the law's error beyond which the law does not describe the spread; chance alone seldom does that."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +30,28 @@ class Density:
         grid: points of evaluation, increasing, shape ``(num_points,)``.
         values: density at these points, the mean over the probes, shape ``(num_points,)``. Integrates to 1 over a
             default grid (``torch.trapezoid(values, grid)``).
-        stderr: standard error of ``values`` over the probes, shape ``(num_points,)``; infinite for one probe. It
-            covers the probes' noise, not the smoothing.
+        stderr: standard error of ``values``, shape ``(num_points,)``, the larger one of the probes' spread and of what
+            the law of the probes says; infinite for one probe. It covers the probes' noise, not the smoothing.
         sigma: standard deviation of the Gaussian, in units of the eigenvalues; with ``linthresh`` in units of
             ``asinh(x / linthresh)``.
         linthresh: where the smoothing turns from linear to logarithmic; ``None`` for an even bandwidth.
+        dof: degrees of freedom of ``stderr`` for Student's distribution, shape ``(num_points,)``.
     """
 
     grid: Tensor
     values: Tensor
     stderr: Tensor
     sigma: float
-    linthresh: float | None = None
+    linthresh: float | None
+    dof: Tensor
 
 
 def smooth(
     nodes: Tensor,
     weights: Tensor,
     *,
+    size: int,
+    num_exact: int,
     resolution: float,
     grid: Tensor | None = None,
     sigma: float | None = None,
@@ -54,6 +62,8 @@ def smooth(
     Args:
         nodes: shape ``(num_probes, num_nodes)``.
         weights: the same shape.
+        size: number of eigenvalues.
+        num_exact: number of leading columns that are the same for all probes.
         resolution: bandwidth to use if ``sigma`` is ``None``, in the same units.
         grid: points of evaluation; by default evenly spaced, padded so that the mass is complete.
         sigma: bandwidth.
@@ -74,12 +84,42 @@ def smooth(
     else:
         points = _checked_grid(grid)
         positions = points if linthresh is None else torch.asinh(points / linthresh)
-    rows = torch.stack([_gaussians(positions, n, w, width) for n, w in zip(stretched, weights, strict=True)])
+    height = 1 / (width * (2 * torch.pi) ** 0.5)
     if linthresh is not None:
-        rows = rows / (points.square() + linthresh**2).sqrt()
-    count = rows.shape[0]
-    stderr = rows.std(dim=0) / count**0.5 if count > 1 else torch.full_like(points, torch.inf)
-    return Density(grid=points, values=rows.mean(dim=0), stderr=stderr, sigma=width, linthresh=linthresh)
+        height = height / (points.square() + linthresh**2).sqrt()
+    parts = [
+        torch.stack(_moments(chunk, stretched, weights, width, size, num_exact))
+        for chunk in positions.split(max(1, _BLOCK // nodes.numel()))
+    ]
+    values, stderr, dof = torch.cat(parts, dim=1)
+    return Density(points, height * values, height * stderr, width, linthresh, dof)
+
+
+def _moments(
+    positions: Tensor, nodes: Tensor, weights: Tensor, sigma: float, size: int, num_exact: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of the Gaussians' sums over the probes, its standard error and degrees of freedom."""
+    exact = _bumps(positions, nodes[:1, :num_exact], sigma)[0] @ weights[0, :num_exact]
+    bumps, weights = _bumps(positions, nodes[:, num_exact:], sigma), weights[:, num_exact:, None]
+    rows, count, mass = (bumps @ weights).squeeze(2), len(weights), float(weights.sum())
+    values = exact + rows.mean(0)
+    if count == 1:
+        return values, torch.full_like(values, torch.inf), torch.ones_like(values)
+    spread = rows.std(0) / count**0.5
+    if not mass > 0:
+        return values, spread, torch.full_like(values, count - 1.0)
+    # In place: a pass over fresh memory takes as long as the Gaussians
+    squares = bumps.sub_((rows.sum(0) / mass)[:, None]).square_()
+    variance = (squares @ weights).sum((0, 2)) / mass
+    fourth = (squares.square_() @ weights).sum((0, 2)) / mass
+    known, dof = known_error(variance, fourth, mass=mass / count, size=size - num_exact, num_probes=count)
+    # Gaussians narrower than the nodes' distances see nodes move from probe to probe, of which the law knows nothing.
+    return values, spread.maximum(known), torch.where(spread > _APART * known, count - 1.0, dof)
+
+
+def _bumps(positions: Tensor, nodes: Tensor, sigma: float) -> Tensor:
+    """Shape ``(num_probes, num_points, num_nodes)``."""
+    return (positions[:, None] - nodes[:, None, :]).div_(sigma).square_().mul_(-0.5).exp_()
 
 
 def _default_positions(nodes: Tensor, sigma: float) -> Tensor:
@@ -99,9 +139,3 @@ def _checked_grid(grid: Tensor) -> Tensor:
         raise ValueError(f"grid has shape {tuple(points.shape)}, expected a vector of points, (num_points,).")
     check_finite(points, what="grid", remedy="pass finite points of evaluation.")
     return points
-
-
-def _gaussians(positions: Tensor, nodes: Tensor, weights: Tensor, sigma: float) -> Tensor:
-    height = weights / (sigma * (2 * torch.pi) ** 0.5)
-    chunks = positions.split(max(1, _BLOCK // nodes.shape[0]))
-    return torch.cat([torch.exp(-0.5 * ((c.unsqueeze(1) - nodes) / sigma).square()) @ height for c in chunks])
