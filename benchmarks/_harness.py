@@ -219,9 +219,10 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value - reference).norm() / reference.norm())
 
 
-def peak_memory(build: Callable[[], Call], *, device: str) -> int:
+def peak_memory(build: Callable[[], Call], *, device: str, from_second_call: bool = False) -> int:
     """Bytes of tensors alive at once at the worst moment of building a call and making it four times.
 
+    With ``from_second_call`` the worst moment of the last three calls, what the first one leaves included.
     Counted above what was alive before. On the CPU from torch's record of every allocation and release, which other
     processes do not disturb; buffers inside oneDNN or BLAS are not in it.
     """
@@ -229,22 +230,38 @@ def peak_memory(build: Callable[[], Call], *, device: str) -> int:
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        _build_and_call(build)
+        call = build()
+        call()
+        if from_second_call:
+            torch.cuda.reset_peak_memory_stats(device)
+        _repeat(call)
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    calls: list[Call] = []
+
+    def first() -> None:
+        calls.append(build())
+        calls[0]()
+
+    peak, held = _recorded(first)
+    later, _ = _recorded(lambda: _repeat(calls[0]))
+    return held + later if from_second_call else max(peak, held + later)
+
+
+def _recorded(action: Callable[[], None]) -> tuple[int, int]:
+    """Most bytes alive at once during an action, and those alive at its end, above those before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        _build_and_call(build)
+        action()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         alive += event.nbytes()
         peak = max(peak, alive)
-    return peak
+    return peak, alive
 
 
-def _build_and_call(build: Callable[[], Call]) -> None:
-    call = build()
-    for _ in range(4):
+def _repeat(call: Call) -> None:
+    for _ in range(3):
         call()
 
 

@@ -110,6 +110,11 @@ def operator(problem: models.Problem) -> Product:
     return hf.hessian(problem.loss, problem.params, problem.batch).rows
 
 
+def operator_without_residuals(problem: models.Problem) -> Product:
+    """The library's operator, told to keep nothing."""
+    return hf.hessian(problem.loss, problem.params, problem.batch, memory_budget=0).rows
+
+
 def operator_reverse_over_forward(problem: models.Problem) -> Product:
     """The library's operator with the other order of differentiation traced."""
     product = hf.hvp_reverse_over_forward
@@ -135,6 +140,7 @@ METHODS: dict[str, Callable[[models.Problem], Product]] = {
     "hvp": forward_over_reverse,
     "hvp_reverse_over_forward": reverse_over_forward,
     "operator, one batch": operator,
+    "operator, memory_budget=0": operator_without_residuals,
     "operator, reverse over forward": operator_reverse_over_forward,
     "operator, compiled": operator_compiled,
     "operator, list of batches": operator_over_list,
@@ -225,7 +231,9 @@ def measure_peak(name: str, method: str, num: int, options: harness.Settings) ->
         product = METHODS[method](problem)
         return lambda: product(rows)
 
-    return {"bytes": harness.peak_memory(build, device=options.device), "gradient_bytes": gradient}
+    whole = harness.peak_memory(build, device=options.device)
+    later = harness.peak_memory(build, device=options.device, from_second_call=True)
+    return {"bytes": whole, "later_bytes": later, "gradient_bytes": gradient}
 
 
 def add_peaks(records: list[harness.Record], arguments: argparse.Namespace) -> None:
@@ -245,6 +253,7 @@ def add_peaks(records: list[harness.Record], arguments: argparse.Namespace) -> N
             if peak is not None:
                 record |= peak
                 record["memory"] = peak["bytes"] / peak["gradient_bytes"]
+                record["memory later"] = peak["later_bytes"] / peak["gradient_bytes"]
 
 
 def tables(records: list[harness.Record]) -> list[harness.Table]:
@@ -262,10 +271,12 @@ def tables(records: list[harness.Record]) -> list[harness.Table]:
                 row[f"K={num}"] = record.get("gradients", missing)
                 if "memory" in record:
                     row[f"memory K={num}"] = record["memory"]
+                    row[f"later K={num}"] = record["memory later"]
             rows.append(row)
         unit = next((r["gradient_seconds"] for r in of_model if "gradient_seconds" in r), None)
         milliseconds = f"; one gradient {unit.median * 1e3:.2f} ms" if unit else ""
-        columns = ["method", *(f"K={k}" for k in counts), "memory K=1", f"memory K={counts[-1]}", "error"]
+        memory = [f"{when} K={k}" for k in (1, counts[-1]) for when in ("memory", "later")]
+        columns = ["method", *(f"K={k}" for k in counts), *memory, "error"]
         title = f"{name}: {of_model[0]['size']:,} parameters, gradients per probe and batch{milliseconds}"
         result.append(harness.Table(title, rows, list(dict.fromkeys(columns))))
     return result

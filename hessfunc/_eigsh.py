@@ -78,7 +78,8 @@ def eigsh(
             half as many again where wanted eigenvalues lie within a few ``tol`` of each other; 0 to leave it out. It
             is a matter of chance: 5 were enough in all of the trials with spectra that fall off like ``1 / sqrt(i)``
             for a million parameters, but 9 where a flat bulk reached half-way up to the missed eigenvalue. With
-            two clusters of up to three eigenvalues each, 0.3, 1 or 3 ``tol`` apart, none of 3000 runs lacked a pair.
+            two clusters of up to three eigenvalues each, 0.3, 1 or 3 ``tol`` apart, none of 90 runs lacked a pair
+            (``tests/test_eigsh.py``).
         generator: draws the start vector, and replacements where the Krylov space is exhausted.
 
     Returns:

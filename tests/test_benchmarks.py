@@ -163,7 +163,7 @@ def test_hvp_benchmark(run):
         assert record["gradients"]["median"] > 0
     (measured,) = [record for record in records if "memory" in record]
     assert measured["method"] == "hvp"
-    assert 1 < measured["memory"] < 20
+    assert 1 < measured["memory later"] <= measured["memory"] < 20
 
 
 def test_eigsh_benchmark(run):

@@ -330,6 +330,7 @@ def test_the_whole_study_small_enough_for_a_test(tmp_path):
     assert "http" not in page.replace("http-equiv", "")
     results = json.loads((out / "results.json").read_text())
     networks = results["networks"]
+    assert results["spent"]["cpu_minutes"] > results["spent"]["training_cpu_minutes"] > 0
     assert len(networks) == 2 * 9 + 3
     for network in networks:
         last = network["measured"]["2"]

@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from records import Quantity, Table
 
 import hessfunc as hf
+from hessfunc import _canvas
 
 
 def curves(
@@ -81,14 +82,7 @@ def epoch_axis(ax: Any, epochs: Sequence[int]) -> None:
 
 def finish(ax: Any, title: str, xlabel: str, ylabel: str, *, grid: bool = True) -> None:
     ax.set_title(title, fontsize=10)
-    ax.set_xlabel(xlabel, fontsize=9)
-    ax.set_ylabel(ylabel, fontsize=9)
-    ax.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    if grid:
-        ax.grid(color="0.88", linewidth=0.6)
-        ax.set_axisbelow(True)
+    _canvas.finish(ax, xlabel=xlabel, ylabel=ylabel, grid="both" if grid else "")
 
 
 def legend(figure: Figure, ax: Any, columns: int = 6) -> None:

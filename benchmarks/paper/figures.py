@@ -16,8 +16,9 @@ from matplotlib.ticker import NullLocator
 from records import Quantity, Table, accuracy, top, trace
 
 import hessfunc as hf
+from hessfunc import _canvas
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+COLOURS = _canvas.CYCLE
 WHOLES = ("resnet", "no-norm", "no-residual")
 VITS = ("vit-pre", "vit-post", "vit-none")
 PARTS = ("stem", "stage1", "stage2", "stage3", "head")

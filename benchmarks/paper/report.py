@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 import study
 import torch
-from images import WHERE
+from files import write_json
 from records import Quantity, Row, Table, accuracy, support, top, trace
 from settings import Settings
 
@@ -33,7 +33,7 @@ def write(settings: Settings, out: Path) -> Path:
     table = Table(records, settings.epochs)
     spent = study.spent(settings, out)
     document = {"settings": settings.document(), "machine": machine(settings), "spent": spent, "networks": records}
-    study.write_json(out / "results.json", document)
+    write_json(out / "results.json", document)
     pictures = []
     for name, caption, figure in figures.draw(table, settings.measured_epochs):
         buffer = io.BytesIO()
@@ -86,8 +86,8 @@ HEADER = (
 def _row(table: Table, variant: str, depth: int) -> list[str]:
     found = [table.measured(variant, depth, seed) for seed in table.seeds]
     known = [measured for measured in found if measured is not None]
+    rate = f"{table.record(variant, depth, table.seeds[0])['rate']:g}"
     if not known:
-        rate = f"{table.record(variant, depth, table.seeds[0])['rate']:g}"
         return [str(depth), table.label(variant), "", rate, *["diverged"] * 5, f"0 of {len(found)}"]
     quantities: list[tuple[Quantity, float]] = [
         (lambda m: m["accuracy"]["train"], 100.0),
@@ -97,7 +97,6 @@ def _row(table: Table, variant: str, depth: int) -> list[str]:
         (support, 1.0),
     ]
     cells = [_spread([scale * quantity(measured) for measured in known]) for quantity, scale in quantities]
-    rate = f"{table.record(variant, depth, table.seeds[0])['rate']:g}"
     count = f"{known[0]['num_parameters']:,}"
     return [str(depth), table.label(variant), count, rate, *cells, f"{len(known)} of {len(found)}"]
 
@@ -156,5 +155,4 @@ def machine(settings: Settings) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "hessfunc": hf.__version__,
-        "where": WHERE[settings.data],
     }
