@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -12,6 +14,9 @@ from hessfunc._typing import Tensor
 
 _COLUMNS = 1 << 16
 _MOST_PASSES = 5
+
+ENOUGH = 0.7
+"""What orthogonalization leaves of a length if its result is orthogonal ("twice is enough", Parlett 1998, 6.9)."""
 
 
 class KrylovBasis:
@@ -87,13 +92,7 @@ class KrylovBasis:
         products = self.operator.rows(block)
         check_finite(products, what="a product of the operator", remedy="nothing can be learnt from it; check H.")
         self.num_matvecs += width
-        basis = self._rows[:stop]
-        coefficients = _inner(basis, products)
-        products = torch.addmm(products, coefficients.T, basis, alpha=-1)  # anew: the operator may own its product
-        again = _inner(basis, products)
-        products.addmm_(again.T, basis, alpha=-1)
-        columns = _numpy(coefficients + again)
-        columns[start:] = (columns[start:] + columns[start:].T) / 2
+        products, columns = self._orthogonalized(products, start, stop)
         self._projection[:stop, start:stop] = columns
         self._projection[start:stop, :stop] = columns.T
         self._coupling = np.pad(self._coupling[width:], ((0, 0), (0, width)))
@@ -101,10 +100,32 @@ class KrylovBasis:
         self.ritz_values, self._vectors = np.linalg.eigh(self._projection[:stop, :stop])
         self.scale = max(self.scale, float(np.abs(self.ritz_values).max()))
         floor = 10 * torch.finfo(self.dtype).eps * self.scale
-        added = self._append(list(products), floor)  # which gives the coupling its new rows
+        added = self._append(list(products), floor, orthogonal=True)  # which gives the coupling its new rows
         self._coupling[:, start:] = added
         self._fill()
         self.residuals = np.linalg.norm(self._coupling @ self._vectors, axis=0)
+
+    def _orthogonalized(self, products: Tensor, start: int, stop: int) -> tuple[Tensor, np.ndarray]:
+        """Products with the rows from ``start`` on less their part in the basis, and their columns of T.
+
+        The coupling holds what a product has along the earlier rows, and nearly all of it is zero. That is taken off
+        first; what a pass over the basis then takes off is rounding error, and seldom a second one is needed.
+        """
+        known = self._coupling[: stop - start]
+        touched = np.flatnonzero(np.abs(known).max(axis=0, initial=0) > torch.finfo(self.dtype).eps * self.scale)
+        first = touched[0] if len(touched) else start
+        own = _numpy(_inner(self._rows[start:stop], products))
+        columns = np.concatenate([known.T, (own + own.T) / 2])
+        # Anew, since the operator may own its product
+        products = torch.addmm(products, self._weights(columns[first:]), self._rows[first:stop], alpha=-1)
+        lengths, before = _lengths(products), np.full(stop - start, np.inf)
+        while (lengths < ENOUGH * before).any() and (before > 0).all():
+            rest = _inner(self._rows[:stop], products)
+            products.addmm_(rest.T, self._rows[:stop], alpha=-1)
+            columns += _numpy(rest)
+            before, lengths = lengths, _lengths(products)
+        columns[start:] = (columns[start:] + columns[start:].T) / 2
+        return products, columns
 
     def ritz_rows(self, order: np.ndarray) -> Tensor:
         """Ritz vectors as rows, in the order of the indices given."""
@@ -126,8 +147,10 @@ class KrylovBasis:
     def _weights(self, columns: np.ndarray) -> Tensor:
         return torch.from_numpy(columns.T.copy()).to(self._rows)
 
-    def _append(self, rows: list[Tensor], floor: float = 0.0) -> np.ndarray:
+    def _append(self, rows: list[Tensor], floor: float = 0.0, *, orthogonal: bool = False) -> np.ndarray:
         """Put the part of ``rows`` outside the basis before the pending rows. Overwrites both.
+
+        With ``orthogonal`` the rows have none inside, up to rounding.
 
         Returns the coefficients with ``rows^T = P^T coefficients`` up to a part in the basis. What is no longer than
         ``floor``, or is left once basis and pending rows fill the space, is rounding error and dropped.
@@ -138,21 +161,23 @@ class KrylovBasis:
         pending: list[Tensor] = []
         coefficients = np.zeros((len(candidates), len(candidates)))
         for i, row in enumerate(candidates):
-            rounding = 10 * torch.finfo(self.dtype).eps * float(tree.flat_norm(row))
+            whole = _length(row)
+            rounding = 10 * torch.finfo(self.dtype).eps * whole
             rounding = max(rounding, floor) if i < len(rows) else rounding
             for _ in range(2):
                 coefficients[: len(pending), i] += _numpy(_project_off(row, pending))
-            length = float(tree.flat_norm(row))
+            length = _length(row)
             if length <= rounding or len(pending) == room:
                 continue
             coefficients[len(pending), i] = length
             row /= length
-            for _ in range(_MOST_PASSES):  # a short row lost its orthogonality in the subtraction
+            settled = orthogonal and i < len(rows) and length > ENOUGH * whole
+            for _ in range(0 if settled else _MOST_PASSES):  # a short row lost its orthogonality in the subtraction
                 row.addmv_(basis.T, tree.flat_dot(basis, row), alpha=-1)
                 _project_off(row, pending)
-                kept = float(tree.flat_norm(row))
+                kept = _length(row)
                 row /= kept
-                if kept > 0.7:  # "twice is enough" (Parlett 1998, section 6.9): what is left is orthogonal
+                if kept > ENOUGH:
                     break
             pending.append(row)
         self._pending = pending
@@ -177,6 +202,15 @@ def _project_off(row: Tensor, others: list[Tensor]) -> Tensor:
         coefficients[i] = tree.flat_dot(other, row)
         row.addcmul_(other, coefficients[i], value=-1)
     return coefficients
+
+
+def _lengths(rows: Tensor) -> np.ndarray:
+    return np.array([_length(row) for row in rows])
+
+
+def _length(row: Tensor) -> float:
+    square = float(tree.flat_dot(row, row))  # several times as fast as torch's norm, which no square can leave
+    return math.sqrt(square) if 1e-25 < square < 1e25 else float(tree.flat_norm(row))
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

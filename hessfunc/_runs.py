@@ -52,8 +52,8 @@ def run_probes(H: Operator, probes: Tensor, num_steps: int, reorthogonalize: str
         empty = torch.empty(0, num_steps, dtype=torch.float64)
         return Runs(empty, empty, empty.new_empty(0, len(H.layout.sizes)))
 
-    def one(unit: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
-        run = lanczos(continued(H, product), unit, num_steps, reorthogonalize=reorthogonalize)
+    def full(unit: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+        run = lanczos(continued(H, product), unit, num_steps)
         return run.alphas, run.betas
 
     pieces: list[Runs] = []
@@ -61,13 +61,45 @@ def run_probes(H: Operator, probes: Tensor, num_steps: int, reorthogonalize: str
         units = normalized(chunk)
         try:
             products = H.rows(units)
-            alphas, betas = torch.func.vmap(one)(units, products)
+            if reorthogonalize == "full":
+                alphas, betas = torch.func.vmap(full)(units, products)
+            else:
+                alphas, betas = _recur(H, units, products, num_steps)
             ritz = eigh_tridiagonal(alphas, betas)
         except NonFiniteError as error:
             error.partial = _joined(pieces) if pieces else None  # the caller makes a quadrature of them
             raise
         pieces.append(Runs(ritz.eigenvalues, ritz.eigenvectors[:, 0].square(), leaf_sums(units * products, H)))
     return _joined(pieces)
+
+
+def _recur(H: Operator, units: Tensor, products: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """[`lanczos`][hessfunc.lanczos] without reorthogonalization from each unit row, in place: a third of its time.
+
+    ``products`` are the first ones. Returns the diagonals and off-diagonals, shape ``(num_rows, num_steps)`` and one
+    less.
+    """
+    eps = torch.finfo(units.dtype).eps
+    rows, last = units.clone(), torch.zeros_like(units)
+    beta = scale = units.new_zeros(len(units), 1)
+    alphas, betas = [], []
+    for i in range(num_steps):
+        product = H.rows(rows) if i else products
+        alpha = _by_row(tree.flat_dot, rows, product)
+        torch.sub(product, last.mul_(beta), out=last).addcmul_(alpha, rows, value=-1)
+        beta = _by_row(lambda row, _: tree.flat_norm(row), last, last)
+        scale = torch.maximum(scale, torch.maximum(alpha.abs(), beta))
+        exhausted = beta <= 10 * eps * scale
+        beta = torch.where(exhausted, 0, beta)
+        rows, last = last, rows
+        rows.mul_(torch.where(exhausted, 0, 1 / beta))
+        alphas.append(alpha)
+        betas.append(beta)
+    return torch.cat(alphas, dim=1), torch.cat(betas[:-1] or [beta[:, :0]], dim=1)
+
+
+def _by_row(function: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
+    return torch.stack([function(a, b) for a, b in zip(left, right, strict=True)]).unsqueeze(1)
 
 
 def run_orthogonal(matvec: Callable[[Tensor], Tensor], unit: Tensor, num_steps: int) -> Tridiagonal:
