@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
@@ -161,12 +159,12 @@ class KrylovBasis:
         pending: list[Tensor] = []
         coefficients = np.zeros((len(candidates), len(candidates)))
         for i, row in enumerate(candidates):
-            whole = _length(row)
+            whole = float(tree.flat_norm(row))
             rounding = 10 * torch.finfo(self.dtype).eps * whole
             rounding = max(rounding, floor) if i < len(rows) else rounding
             for _ in range(2):
                 coefficients[: len(pending), i] += _numpy(_project_off(row, pending))
-            length = _length(row)
+            length = float(tree.flat_norm(row))
             if length <= rounding or len(pending) == room:
                 continue
             coefficients[len(pending), i] = length
@@ -175,7 +173,7 @@ class KrylovBasis:
             for _ in range(0 if settled else _MOST_PASSES):  # a short row lost its orthogonality in the subtraction
                 row.addmv_(basis.T, tree.flat_dot(basis, row), alpha=-1)
                 _project_off(row, pending)
-                kept = _length(row)
+                kept = float(tree.flat_norm(row))
                 row /= kept
                 if kept > ENOUGH:
                     break
@@ -205,12 +203,7 @@ def _project_off(row: Tensor, others: list[Tensor]) -> Tensor:
 
 
 def _lengths(rows: Tensor) -> np.ndarray:
-    return np.array([_length(row) for row in rows])
-
-
-def _length(row: Tensor) -> float:
-    square = float(tree.flat_dot(row, row))  # several times as fast as torch's norm, which no square can leave
-    return math.sqrt(square) if 1e-25 < square < 1e25 else float(tree.flat_norm(row))
+    return _numpy(torch.stack([tree.flat_norm(row) for row in rows]))
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

@@ -80,9 +80,14 @@ def flat_dot(left: Tensor, right: Tensor) -> Tensor:
 
 def flat_norm(vector: Tensor) -> Tensor:
     """Euclidean norm of a vector of shape ``(n,)``, in blocks as in [`flat_dot`][]; its derivative at 0 is 0."""
-    parts = vector.split(_block(vector.shape[0]))
-    norms = [torch.linalg.vector_norm(part) for part in parts]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    size = vector.shape[0]
+    block = _block(size)
+    if size <= block:
+        return torch.linalg.vector_norm(vector)
+    whole = size // block * block
+    norms = torch.linalg.vector_norm(vector[:whole].reshape(-1, block), dim=1)
+    rest = torch.linalg.vector_norm(vector[whole:]).unsqueeze(0)
+    return torch.linalg.vector_norm(torch.cat([norms, rest]))
 
 
 def _block(size: int) -> int:
