@@ -6,7 +6,8 @@ batch (PyHessian) and afresh (PyHessian's data loader, hessian-eigenthings), tor
 torch.func.linearize. The three orders of differentiation are measured eagerly, and the two that can be traced also
 traced; the first of them also compiled.
 
-Every product is compared with double backprop in float64 before it is timed.
+Every product is compared with double backprop in float64 before it is timed. The column of flops has the operations in
+its matrix products and convolutions, in those of a gradient: where time keeps to it, there is nothing left to save.
 
     python benchmarks/bench_hvp.py --out results
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +26,7 @@ import _harness as harness
 import _models as models
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import hessfunc as hf
 
@@ -183,6 +186,7 @@ def time_model(name: str, options: harness.Settings) -> list[harness.Record]:
     calls: dict[str, harness.Call] = {"gradient": problem.gradient}
     records: list[harness.Record] = []
     counts = PROBES[:2] if options.quick else PROBES
+    flops_of_gradient = _flops(problem.gradient)
     for method, build in METHODS.items():
         if options.quick and (build is operator_compiled or (build is linearized and name != "mlp-9k")):
             continue  # tracing or compiling alone takes many seconds
@@ -199,6 +203,10 @@ def time_model(name: str, options: harness.Settings) -> list[harness.Record]:
                 continue
             record["error"] = harness.relative_error(value[:2], reference[: len(value)])
             record["agrees"] = record["error"] <= TOLERANCE[options.dtype]
+            if num == 1:
+                record["flops"] = _flops(lambda product=product, rows=rows: product(rows)) / (
+                    flops_of_gradient * _num_batches(method, options)
+                )
             if record["agrees"]:
                 calls[f"{method}/{num}"] = lambda product=product, rows=rows: product(rows)
     times = harness.interleaved(
@@ -212,6 +220,18 @@ def time_model(name: str, options: harness.Settings) -> list[harness.Record]:
             record["gradients"] = harness.multiples(times[key], times["gradient"], per=share)
             record["gradient_seconds"] = harness.Spread.of(times["gradient"])
     return records
+
+
+def _flops(call: harness.Call) -> int:
+    """Floating-point operations in matrix products and convolutions of one call."""
+
+    def multiply(_sum: Any, left: Any, right: Any, **_: Any) -> int:
+        return 2 * math.prod(left) * right[-1]
+
+    in_place = dict.fromkeys([torch.ops.aten.addmm_, torch.ops.aten.baddbmm_], multiply)  # which torch does not count
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
+        call()
+    return counter.get_total_flops()
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
@@ -266,6 +286,8 @@ def tables(records: list[harness.Record]) -> list[harness.Table]:
         for method in dict.fromkeys(record["method"] for record in of_model):
             of_method = {record["probes"]: record for record in of_model if record["method"] == method}
             row: harness.Record = {"method": method, "error": of_method[1].get("error")}
+            if "flops" in of_method[1]:
+                row["flops"] = of_method[1]["flops"]
             for num, record in of_method.items():
                 missing = "fails" if "failed" in record else "disagrees"
                 row[f"K={num}"] = record.get("gradients", missing)
@@ -276,7 +298,7 @@ def tables(records: list[harness.Record]) -> list[harness.Table]:
         unit = next((r["gradient_seconds"] for r in of_model if "gradient_seconds" in r), None)
         milliseconds = f"; one gradient {unit.median * 1e3:.2f} ms" if unit else ""
         memory = [f"{when} K={k}" for k in (1, counts[-1]) for when in ("memory", "later")]
-        columns = ["method", *(f"K={k}" for k in counts), *memory, "error"]
+        columns = ["method", "flops", *(f"K={k}" for k in counts), *memory, "error"]
         title = f"{name}: {of_model[0]['size']:,} parameters, gradients per probe and batch{milliseconds}"
         result.append(harness.Table(title, rows, list(dict.fromkeys(columns))))
     return result
