@@ -42,6 +42,7 @@ class Settings:
     dtype: str
     quick: bool
     out: str | None
+    peers: list[str] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -105,6 +106,7 @@ def parser(description: str | None, *, models: Sequence[str], repeats: int) -> a
     result.add_argument("--device", default="cpu", help="cpu or cuda")
     result.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="dtype of the parameters")
     result.add_argument("--quick", action="store_true", help="small batches, one round: shows breakage, not speed")
+    result.add_argument("--peers", nargs="+", default=None, metavar="NAME", help="only these libraries, by their names")
     result.add_argument("--out", default=None, help="folder for the JSON and Markdown files")
     result.set_defaults(default_repeats=repeats)
     return result
@@ -114,7 +116,7 @@ def settings(arguments: argparse.Namespace) -> Settings:
     """Read the common options and apply the number of threads."""
     torch.set_num_threads(arguments.threads)
     repeats = arguments.repeats or (1 if arguments.quick else arguments.default_repeats)
-    names = ("models", "threads", "device", "dtype", "quick", "out")
+    names = ("models", "threads", "device", "dtype", "quick", "peers", "out")
     return Settings(repeats=repeats, **{name: getattr(arguments, name) for name in names})
 
 

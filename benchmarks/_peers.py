@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -311,12 +311,14 @@ PEERS = (
 )
 
 
-def installed() -> list[Peer]:
-    """The peers that can be run here."""
-    return [peer for peer in PEERS if peer.installed]
+def taking_part(names: Sequence[str] | None) -> list[Peer]:
+    """Those of the names, or all, that can be run here."""
+    return [peer for peer in PEERS if peer.installed and (names is None or peer.name in names)]
 
 
-def notes() -> list[str]:
-    """Versions and settings of the peers, and who is not installed."""
-    here = [f"{peer.name} {metadata.version(peer.distribution)}: {peer.note}" for peer in installed()]
-    return here + [f"{peer.name}: not installed" for peer in PEERS if not peer.installed]
+def notes(names: Sequence[str] | None) -> list[str]:
+    """Versions and settings of the peers, and who does not take part."""
+    here = taking_part(names)
+    told = [f"{peer.name} {metadata.version(peer.distribution)}: {peer.note}" for peer in here]
+    missing = [peer for peer in PEERS if peer not in here]
+    return told + [f"{peer.name}: {'left out' if peer.installed else 'not installed'}" for peer in missing]

@@ -89,7 +89,7 @@ def run_model(name: str, options: harness.Settings, arguments: argparse.Namespac
         calls[f"hessfunc, block_size={block_size}"] = lambda seed, size=block_size: ours(
             problem, k, seed, block_size=size
         )
-    for peer in peers.installed():
+    for peer in peers.taking_part(options.peers):
         for label in dict.fromkeys(
             [label for label in peer.eigs if label == "defaults"] + [climb(problem, k, peer, judge)]
         ):
@@ -110,7 +110,7 @@ def run_model(name: str, options: harness.Settings, arguments: argparse.Namespac
     ]
     listed = ", ".join(f"{value:.4g}" for value in truth)
     notes = [f"eigenvalues: {listed}", "error and residual relative to |lambda|; only right answers are timed"]
-    return harness.Table(f"{name}: top {k} by magnitude", records, columns, [*notes, *peers.notes()])
+    return harness.Table(f"{name}: top {k} by magnitude", records, columns, [*notes, *peers.notes(options.peers)])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import argparse
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import _harness as harness
@@ -41,13 +41,13 @@ def ours(problem: models.Problem, steps: int, probes: int, seed: int, **options:
     return result.nodes.numpy(), result.weights.numpy()
 
 
-def competitors() -> dict[str, Callable[..., peers.Spectrum]]:
+def competitors(names: Sequence[str] | None) -> dict[str, Callable[..., peers.Spectrum]]:
     """Everyone who is installed, by the name that the table shows."""
     result: dict[str, Callable[..., peers.Spectrum]] = {
         "hessfunc": ours,
         "hessfunc, exact_outliers=False": functools.partial(ours, exact_outliers=False),
     }
-    result |= {peer.name: peer.density for peer in peers.installed()}
+    result |= {peer.name: peer.density for peer in peers.taking_part(names)}
     return result
 
 
@@ -125,7 +125,7 @@ def run_model(name: str, options: harness.Settings, arguments: argparse.Namespac
     calls = {
         f"{label}, {m} x {k}": run(density, m, k)
         for m, k in sizes
-        for label, density in competitors().items()
+        for label, density in competitors(options.peers).items()
         if (m, k) == sizes[0] or "exact_outliers=False" not in label
     }
     records = harness.race(calls, judge, gradient=problem.gradient, options=options, budget=arguments.budget)
@@ -141,7 +141,7 @@ def run_model(name: str, options: harness.Settings, arguments: argparse.Namespac
         record["to peer as accurate"] = record["seconds"].median / min(rivals) if rivals else None
     columns = ["library", "seconds", "gradients", "to peer as accurate", "W1 / width", "first call s"]
     title = f"{name}: density, steps x probes"
-    return harness.Table(title, records, columns, [note, *peers.notes()])
+    return harness.Table(title, records, columns, [note, *peers.notes(options.peers)])
 
 
 def main(argv: list[str] | None = None) -> int:

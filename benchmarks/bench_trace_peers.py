@@ -71,7 +71,12 @@ def climb(sketch: Callable[..., float], problem: models.Problem, truth: float, t
 
 
 def competitors(
-    problem: models.Problem, truth: float, probes: int, target: float, arguments: argparse.Namespace
+    problem: models.Problem,
+    truth: float,
+    probes: int,
+    target: float,
+    options: harness.Settings,
+    arguments: argparse.Namespace,
 ) -> dict[str, Callable[[int], Answer]]:
     """Everyone with the settings that the target needs."""
     # A barely trained network's trace can be as good as zero: the quick form has an absolute tolerance.
@@ -79,7 +84,7 @@ def competitors(
     result: dict[str, Callable[[int], Answer]] = {"hessfunc": lambda seed: ours(problem, seed, tolerance)}
     for pairs in arguments.deflate:
         result[f"hessfunc, {pairs} pairs deflated"] = lambda seed, pairs=pairs: ours(problem, seed, tolerance, pairs)
-    for peer in peers.installed():
+    for peer in peers.taking_part(options.peers):
         label = f"{peer.name}, {probes} probes"
         result[label] = lambda seed, trace=peer.trace: of_samples(trace(problem, probes, seed))
         for way, sketch in {} if arguments.quick else peer.sketch.items():
@@ -119,7 +124,7 @@ def run_model(name: str, options: harness.Settings, arguments: argparse.Namespac
         record["agrees"] = within and stderr <= 1.5 * target * abs(value)
         return record
 
-    calls = competitors(problem, value, probes, target, arguments)
+    calls = competitors(problem, value, probes, target, options, arguments)
     records = harness.race(calls, judge, gradient=problem.gradient, options=options, budget=arguments.budget)
     for record in records:
         record["model"] = name
@@ -127,7 +132,7 @@ def run_model(name: str, options: harness.Settings, arguments: argparse.Namespac
     columns = ["library", "to target", "seconds", "gradients", "to fastest peer", "products", "stderr", "error"]
     notes = [f"reference {value:.5g} +- {noise:.2g} from {num} probes; error and stderr relative to it"]
     title = f"{name}: trace to {target:.2g} standard error"
-    return harness.Table(title, records, [*columns, "first call s"], [*notes, *peers.notes()])
+    return harness.Table(title, records, [*columns, "first call s"], [*notes, *peers.notes(options.peers)])
 
 
 def main(argv: list[str] | None = None) -> int:
