@@ -9,8 +9,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import seeded
+from helpers import seeded, world_of_one
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import hessfunc as hf
@@ -40,6 +42,11 @@ class Row(NamedTuple):
     call: Callable[[], object]
     error: type[Exception]
     text: str
+
+
+def with_mesh(call):
+    with world_of_one() as mesh:
+        call(mesh)
 
 
 def scripted():
@@ -310,6 +317,22 @@ ROWS = {
         TypeError,
         r"^model is wrapped in DataParallel; pass the bare module, model.module",
     ),
+    "wrapped inside": Row(
+        lambda: hf.functionalize(nn.Sequential(nn.DataParallel(nn.Linear(1, 1)))),
+        TypeError,
+        r"^model.0 is wrapped in DataParallel; put the bare module in its place, model.0.module",
+    ),
+    "module split over processes": Row(
+        lambda: with_mesh(lambda mesh: hf.functionalize(fully_shard(nn.Linear(1, 1), mesh=mesh))),
+        TypeError,
+        r"^model is a FSDPLinear with parameters that are split over processes \(FSDP, tensor parallelism\), .*Load "
+        r"the whole state dict, .* into a plain module",
+    ),
+    "parameter split over processes": Row(
+        lambda: with_mesh(lambda mesh: hf.hessian(total, {"a": distribute_tensor(W, mesh)})),
+        TypeError,
+        r"^params\['a'\] is a DTensor, .*Pass the whole tensor, leaf.full_tensor\(\)",
+    ),
     "frozen": Row(
         lambda: hf.functionalize(nn.ReLU()),
         ValueError,
@@ -475,7 +498,6 @@ def raised_at(row):
     raise AssertionError("no error")
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ROWS)
 def test_the_error_says_what_is_wrong_and_what_to_do(name):
     row = ROWS[name]
@@ -484,7 +506,6 @@ def test_the_error_says_what_is_wrong_and_what_to_do(name):
     assert type(caught.value) is row.error
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
 def test_every_raise_of_the_foundation_is_reached():
     reached = {raised_at(row) for row in ROWS.values()}
     missed = []

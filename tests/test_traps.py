@@ -563,11 +563,8 @@ def test_embedding_with_padding():
 def test_data_parallel_and_scripts_are_refused():
     with pytest.raises(TypeError, match=r"wrapped in DataParallel; pass the bare module, model\.module"):
         hf.functionalize(nn.DataParallel(nn.Linear(1, 1)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        script = torch.jit.script(nn.Linear(1, 1))
     with pytest.raises(TypeError, match=r"is a ScriptModule, which torch\.func cannot run; pass the original"):
-        hf.functionalize(script)
+        hf.functionalize(torch.jit.script(nn.Linear(1, 1)))
 
 
 # Custom functions
