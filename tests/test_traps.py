@@ -150,6 +150,20 @@ def test_grid_sample_needs_double_backward():
     assert_right(loss, randn(1, 1, 4, 4), products=[hf.hvp_double_backward])
 
 
+def test_grouped_products_of_a_mixture_of_experts_need_double_backward():
+    x, ends, params = randn(8, 8).float(), torch.tensor([3, 5, 8], dtype=torch.int32), randn(3, 8, 8).float()
+
+    def loss(w):
+        return F.grouped_mm(x, w, offs=ends).tanh().pow(2).sum()
+
+    def one_by_one(w):
+        return torch.cat([x[:3] @ w[0], x[3:5] @ w[1], x[5:] @ w[2]]).tanh().pow(2).sum()
+
+    assert_refused(r"_grouped_mm.*Use hessfunc\.hvp_double_backward", loss, params, products=FORWARD)
+    reference = hf.hvp(one_by_one, params, randn_like(params, seeded(9)))
+    assert_right(loss, params, products=[hf.hvp_double_backward], reference=reference, tolerance=1e-5)
+
+
 def test_norm_at_zero_is_a_kink():
     """Torch's conventions, 0 or NaN; an operator stops at the NaN. The squared norm has its curvature."""
     zero, v = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)
