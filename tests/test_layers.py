@@ -194,6 +194,16 @@ def test_no_global_state_is_set():
             assert not any(dotted(t).startswith(("torch.", "F.", "np.")) for t in targets), f"{module}:{node.lineno}"
 
 
+def test_every_new_tensor_says_on_which_device_it_is():
+    """Or it would lie on torch's default device, which a user may have set to an accelerator."""
+    factories = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn"}
+    factories |= {"randperm", "tensor", "zeros"}
+    for module in TREES:
+        for call in calls(module):
+            if dotted(call.func).startswith("torch.") and dotted(call.func).removeprefix("torch.") in factories:
+                assert any(k.arg == "device" for k in call.keywords), f"{module}:{call.lineno} {dotted(call.func)}"
+
+
 def test_a_users_model_is_never_switched_or_given_gradients():
     for module in set(TREES) - {"_demo"}:  # which trains a model of its own
         for call in calls(module):
