@@ -58,6 +58,11 @@ def check_params(params: Params, *, name: str = "params") -> None:
         if not isinstance(leaf, torch.Tensor):
             hint = " torch's pytrees count None as a leaf: leave the entry out." if leaf is None else ""
             raise TypeError(f"{where} is of type {type(leaf).__name__}, not a tensor; every leaf must be one.{hint}")
+        if is_distributed(leaf):
+            raise TypeError(
+                f"{where} is a DTensor, of which each process may hold a part; torch.func has no rules for it. Pass "
+                "the whole tensor, leaf.full_tensor()."
+            )
         if not leaf.dtype.is_floating_point:
             raise TypeError(
                 f"{where} has dtype {leaf.dtype}; curvature needs real floating-point leaves. Close over integer, "
@@ -68,6 +73,11 @@ def check_params(params: Params, *, name: str = "params") -> None:
         raise ValueError(f"{name} has leaves on several devices ({', '.join(devices)}); move them to one.")
     if tree.size(params) == 0:
         raise ValueError(f"{name} has leaves but no entries: every leaf is empty.")
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor, whose class is not there in every build of torch."""
+    return hasattr(tensor, "full_tensor")
 
 
 def check_like(vector: Params, like: Params, *, name: str, reference: str, rows: bool = False) -> int:

@@ -6,12 +6,14 @@ import contextlib
 import functools
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch._C import _functorch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
@@ -19,6 +21,12 @@ from hessfunc import _decompositions as spelled_out
 from hessfunc import tree
 from hessfunc._explain import CHECKPOINTED
 from hessfunc._typing import Tensor
+
+# Torch compiles its rules for forward mode when they are first needed, by a compiler that it calls deprecated: here, or
+# whoever takes a first product would see the warning.
+with warnings.catch_warnings(), forward_ad.dual_level():
+    warnings.simplefilter("ignore")
+    forward_ad.make_dual(torch.zeros((), device="cpu"), torch.zeros((), device="cpu"))
 
 _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.embedding: spelled_out.embedding,
@@ -204,7 +212,7 @@ def evaluated(function: Callable[..., Any], params: Any, *batch: Any) -> Any:
 
 
 def _in_forward_mode() -> bool:
-    if torch.autograd.forward_ad._current_level < 0:
+    if forward_ad._current_level < 0:
         return False
     # Unless it is another thread that is in it.
     mine = _ONE_THREAD.acquire(blocking=False)

@@ -45,7 +45,7 @@ class Deflation:
             ValueError: the vectors are not like ``H.like``, or linearly dependent.
         """
         if known is None:
-            return cls(_empty(H), torch.zeros(len(H.layout.sizes), dtype=torch.float64), False, 0)
+            return cls(_empty(H), torch.zeros(len(H.layout.sizes), dtype=torch.float64, device="cpu"), False, 0)
         pairs = known if isinstance(known, Eigenpairs) else None
         vectors = known if pairs is None else pairs.eigenvectors
         name = "deflate" if pairs is None else "deflate.eigenvectors"

@@ -54,7 +54,7 @@ def load_digits(generator: torch.Generator, *, test_share: float = 0.2) -> Digit
     source = bundled()
     images = torch.from_numpy(source.images).float().unsqueeze(1)
     labels = torch.from_numpy(source.target).long()
-    order = torch.randperm(len(labels), generator=generator)
+    order = torch.randperm(len(labels), generator=generator, device="cpu")
     held_out = round(test_share * len(labels))
     test, train = order[:held_out], order[held_out:]
     images = (images - images[train].mean()) / images[train].std()
@@ -138,7 +138,7 @@ def train(
     for _ in range(epochs):
         model.train()
         losses = []
-        for chosen in torch.randperm(len(labels), generator=generator).split(batch_size):
+        for chosen in torch.randperm(len(labels), generator=generator, device="cpu").split(batch_size):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _one_cycle(done / total)
             optimizer.zero_grad()
@@ -162,7 +162,7 @@ def train(
             )
         )
     model.zero_grad(set_to_none=True)
-    return History(*torch.tensor(rows, dtype=torch.float64).unbind(1))
+    return History(*torch.tensor(rows, dtype=torch.float64, device="cpu").unbind(1))
 
 
 def accuracy(model: nn.Module, part: tuple[Tensor, Tensor]) -> float:

@@ -130,11 +130,11 @@ def _default_positions(nodes: Tensor, sigma: float) -> Tensor:
             f"sigma={sigma:.3g} is too small for a default grid from {low:.3g} to {high:.3g}, which would take "
             f"{steps:.0f} points; expected at most {_MAX_POINTS}. Raise sigma, or pass grid= with the points you need."
         )
-    return torch.linspace(low, high, int(steps) + 2, dtype=torch.float64)
+    return torch.linspace(low, high, int(steps) + 2, dtype=torch.float64, device="cpu")
 
 
 def _checked_grid(grid: Tensor) -> Tensor:
-    points = torch.as_tensor(grid).detach().cpu().double()
+    points = torch.as_tensor(grid, device="cpu").detach().double()
     if points.dim() != 1 or points.shape[0] == 0:
         raise ValueError(f"grid has shape {tuple(points.shape)}, expected a vector of points, (num_points,).")
     check_finite(points, what="grid", remedy="pass finite points of evaluation.")

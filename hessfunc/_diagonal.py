@@ -223,7 +223,7 @@ def frobenius_squared(
 
 def _exact(H: Operator, chunk: int) -> DiagonalEstimate:
     """From products with the unit vectors."""
-    parts, traces, norms = [], torch.zeros(()), torch.zeros(())
+    parts, traces, norms = [], torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
     for start in range(0, H.size, chunk):
         rows = torch.zeros(min(chunk, H.size - start), H.size, dtype=H.dtype, device=H.device)
         rows[:, start:].fill_diagonal_(1)
@@ -244,15 +244,15 @@ def _dependence(
     From a part of the entries: the values that leave out a second probe take ``num_probes ** 2`` numbers for each.
     """
     count, size = samples.shape
-    chosen = torch.linspace(0, size - 1, min(size, ENTRIES)).round().long().to(samples.device)
+    chosen = torch.linspace(0, size - 1, min(size, ENTRIES), device=samples.device).round().long()
     probes, samples, outside, products = (x[:, chosen].cpu().double() for x in (probes, samples, outside, products))
     own, components = own.cpu().double(), components.cpu().double()
     # Without i and j the projector lacks two directions that are not orthogonal: an inverse of two by two
     cosine = (own @ own.T).fill_diagonal_(0)
     sine = (1 - cosine.square()).clamp(min=1e-12)
     images, lengths = own @ products, (own * components).sum(1)
-    spread, covariance = torch.zeros(()), torch.zeros(())
-    for part in torch.arange(len(chosen)).split(max(1, ENTRIES // count)):
+    spread, covariance = torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
+    for part in torch.arange(len(chosen), device="cpu").split(max(1, ENTRIES // count)):
         v, s, hs = probes[:, part], outside[:, part], images[:, part]
         lost = s * hs
         across = s.unsqueeze(1) * hs

@@ -21,7 +21,7 @@ class Fingerprint:
 
     def add(self, batch: tuple[Any, ...]) -> None:
         """Take up a batch."""
-        total = torch.zeros(3, dtype=torch.float64)
+        total = torch.zeros(3, dtype=torch.float64, device="cpu")
         for leaf in tree.leaves(batch):
             if isinstance(leaf, torch.Tensor) and leaf.numel():
                 total = total + _sums(leaf)
@@ -35,8 +35,13 @@ class Fingerprint:
         """Whether both saw the same batches, in whatever order."""
         if len(self._batches) != len(other._batches):
             return False
-        mine, others = sorted(b.tolist() for b in self._batches), sorted(b.tolist() for b in other._batches)
-        return all(_close(torch.tensor(a), torch.tensor(b)) for a, b in zip(mine, others, strict=True))
+        mine, others = (sorted(batches, key=torch.Tensor.tolist) for batches in (self._batches, other._batches))
+        return all(map(_close, mine, others))
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """``tensor`` in float64, on the CPU where its device has no such dtype (MPS)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def explained_difference(data: Any, first: Fingerprint, now: Fingerprint, *, coupled: list[str]) -> str | None:
@@ -74,9 +79,7 @@ def _sums(leaf: Tensor) -> Tensor:
     flat = leaf.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    if flat.device.type == "mps":  # which has no float64
-        flat = flat.cpu()
-    flat = flat.double()
+    flat = in_double(flat)
     return torch.stack([flat.sum(), flat @ flat, flat.new_tensor(float(flat.numel()))]).cpu()
 
 

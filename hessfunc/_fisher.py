@@ -12,6 +12,7 @@ from hessfunc._batched import over_batches
 from hessfunc._checks import check_choice, check_count, check_generator, check_like, check_params
 from hessfunc._compat import evaluated
 from hessfunc._data import Batches
+from hessfunc._fingerprint import in_double
 from hessfunc._gauss_newton import Criterion, ModelFn, composed, push_and_pull, split_batch
 from hessfunc._likelihood import Observed, observe
 from hessfunc._operators import Operator
@@ -277,4 +278,4 @@ class _Samples:
     def _fingerprint(self, batch: tuple[Any, ...]) -> list[float]:
         if self._stable:
             return []
-        return [float(leaf.sum(dtype=torch.float64)) for leaf in tree.leaves(batch) if isinstance(leaf, torch.Tensor)]
+        return [float(in_double(leaf).sum()) for leaf in tree.leaves(batch) if isinstance(leaf, torch.Tensor)]

@@ -60,7 +60,7 @@ class Hierarchy:
         """
         layout, count = self.class_term.layout, len(self.weights)
         shares = _off_diagonal(_reciprocal(_class_weights(self.weights)).unsqueeze(1).expand(count, count))
-        units = torch.eye(count, dtype=torch.float64).unsqueeze(2) * shares
+        units = torch.eye(count, dtype=torch.float64, device="cpu").unsqueeze(2) * shares
         return layout.unravel_rows(self._lift(units.reshape(count, -1).to(layout.device, layout.dtype)))
 
 

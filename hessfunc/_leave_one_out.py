@@ -100,7 +100,7 @@ def nystrom_values(probes: Tensor, images: Tensor) -> Values:
     traces = _small(factor, factor)
     whole = (traces.diagonal() / eigenvalues).sum()
     if len(eigenvalues) < count:  # the rank of H, up to rounding: any of the others make the same approximation
-        return Values(whole.expand(count), torch.as_tensor(floor))
+        return Values(whole.expand(count), torch.as_tensor(floor, device="cpu"))
     # Leaving out v_i takes off g_i g_i^T, with g_i = Y B e_i / sqrt(B_ii) and B the inverse of V^T Y
     scaled = vectors / eigenvalues
     inverse, weight = scaled @ vectors.T, scaled @ traces @ scaled.T

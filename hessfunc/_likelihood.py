@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from hessfunc import tree
+from hessfunc._fingerprint import in_double
 from hessfunc._typing import Tensor
 
 
@@ -131,10 +132,10 @@ class Categorical(Family):
     def sample(self, seen: Observed, generator: torch.Generator) -> Tensor:
         """Class indices by inversion of the distribution function; those to be ignored stay."""
         axis = self.along(seen.outputs)
-        cumulative = seen.outputs.double().softmax(axis).cumsum(axis)
-        level = _uniform(seen.target, generator) * cumulative.select(axis, -1)
+        cumulative = in_double(seen.outputs).softmax(axis).cumsum(axis)
+        level = _uniform(cumulative.select(axis, -1), generator) * cumulative.select(axis, -1)
         drawn = (cumulative <= level.unsqueeze(axis)).sum(axis).clamp(max=cumulative.shape[axis] - 1)
-        return torch.where(self.counted(seen), drawn.to(seen.target.dtype), seen.target)
+        return torch.where(self.counted(seen), drawn.to(seen.target), seen.target)
 
     @staticmethod
     def counted(seen: Observed) -> Tensor:
@@ -177,7 +178,8 @@ class Bernoulli(Family):
 
     def sample(self, seen: Observed, generator: torch.Generator) -> Tensor:
         """Zeros and ones."""
-        return (_uniform(seen.target, generator) < seen.outputs.double().sigmoid()).to(seen.target.dtype)
+        chances = in_double(seen.outputs).sigmoid()
+        return (_uniform(chances, generator) < chances).to(seen.target)
 
 
 FAMILIES: dict[Callable[..., Any], Family] = {

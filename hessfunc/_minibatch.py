@@ -180,7 +180,7 @@ def _extreme(alphas: Tensor, betas: Tensor, last: Tensor, k: int, which: str) ->
         steps = int(ended[0]) + 1
         alphas, betas, last = alphas[:steps], betas[: steps - 1], torch.zeros_like(last)
     values, vectors = eigh_tridiagonal(alphas, betas)
-    result = torch.tensor([[torch.nan], [torch.inf]], dtype=torch.float64).repeat(1, k)
+    result = torch.tensor([[torch.nan], [torch.inf]], dtype=torch.float64, device="cpu").repeat(1, k)
     order = torch.from_numpy(wanted(values.numpy(), which)[:k].copy())
     result[0, : len(order)] = values[order]
     result[1, : len(order)] = float(last) * vectors[-1, order].abs()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.func import functional_call
 
+from hessfunc._checks import is_distributed
 from hessfunc._typing import Loss, Tensor
 
 
@@ -35,7 +36,8 @@ def functionalize(model: torch.nn.Module) -> Functional:
     call counts.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, or a wrapper or script that torch.func cannot run.
+        TypeError: ``model`` is no ``nn.Module``, or torch.func cannot run it: a script, or it is or holds a wrapper for
+            parallel training or parameters split over processes.
         ValueError: no parameter requires grad.
 
     Example:
@@ -105,5 +107,21 @@ def _check_module(model: Any) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is a ScriptModule, which torch.func cannot run; pass the original nn.Module.")
-    if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
-        raise TypeError(f"model is wrapped in {type(model).__name__}; pass the bare module, model.module.")
+    for name, part in model.named_modules():
+        _check_undistributed(part, f"model.{name}" if name else "model")
+
+
+def _check_undistributed(part: torch.nn.Module, name: str) -> None:
+    kind = type(part).__name__
+    if isinstance(part, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+        way_out = "pass the bare module" if name == "model" else "put the bare module in its place"
+        raise TypeError(f"{name} is wrapped in {kind}; {way_out}, {name}.module.")
+    # By their names, since torch can be built without these classes.
+    fully_sharded = any(base.__name__ == "FullyShardedDataParallel" for base in type(part).__mro__)
+    if fully_sharded or any(is_distributed(p) for p in part.parameters(recurse=False)):
+        raise TypeError(
+            f"{name} is a {kind} with parameters that are split over processes (FSDP, tensor parallelism), which "
+            "torch.func cannot run. Load the whole state dict, which get_model_state_dict(model, options="
+            "StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict gathers, into a plain "
+            "module and pass that."
+        )

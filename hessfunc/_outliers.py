@@ -131,7 +131,7 @@ class RitzPairs(NamedTuple):
 
 def no_outliers(H: Operator) -> Outliers:
     """None at all."""
-    values = torch.empty(0, dtype=torch.float64)
+    values = torch.empty(0, dtype=torch.float64, device="cpu")
     return Outliers(values, torch.empty(0, H.size, dtype=H.dtype, device=H.device), values)
 
 
@@ -161,4 +161,4 @@ def from_eigenpairs(pairs: Eigenpairs, H: Operator) -> Outliers:
             f"residuals it is at most {allowed:.3g}. Pairs of another checkpoint or other data can start a new search: "
             "hessfunc.eigsh(H, k, v0=pairs, generator=generator)."
         )
-    return Outliers(values.cpu().double(), rows, torch.zeros(len(rows), dtype=torch.float64))
+    return Outliers(values.cpu().double(), rows, torch.zeros(len(rows), dtype=torch.float64, device="cpu"))

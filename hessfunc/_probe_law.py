@@ -72,7 +72,8 @@ class ProbeLaw:
         """
         if plain.samples.shape[0] == 1 or not self.norms:
             return plain
-        summands = torch.stack(self.norms).cpu().double().square() * torch.tensor(self.weights, dtype=torch.float64)
+        weights = torch.tensor(self.weights, dtype=torch.float64, device="cpu")
+        summands = torch.stack(self.norms).cpu().double().square() * weights
         unit = float(summands.max())
         if not 0 < unit < math.inf:
             return plain

@@ -155,7 +155,7 @@ class Quadrature:
         """Share of eigenvalues at or below ``x``, a tensor of any shape; float64, not smoothed."""
         order = self.nodes.reshape(-1).sort()
         mass = self.weights.reshape(-1)[order.indices].cumsum(0) / self.num_probes
-        points = torch.as_tensor(x).detach().cpu().double()
+        points = torch.as_tensor(x, device="cpu").detach().double()
         below = torch.searchsorted(order.values, points, right=True)
         return torch.cat([mass.new_zeros(1), mass])[below]
 
@@ -212,7 +212,7 @@ class Quadrature:
         """
         if isinstance(other, Quadrature):
             return _distance(self.nodes, self.weights, other.nodes, other.weights)
-        values = torch.as_tensor(other).detach().cpu().double()
+        values = torch.as_tensor(other, device="cpu").detach().double()
         if values.dim() != 1 or values.shape[0] == 0:
             raise ValueError(f"other has shape {tuple(values.shape)}, expected a vector of eigenvalues.")
         return _distance(self.nodes, self.weights, values, torch.ones_like(values))

@@ -49,7 +49,7 @@ def run_probes(H: Operator, probes: Tensor, num_steps: int, reorthogonalize: str
         NonFiniteError: a product is NaN or infinite; its ``partial`` are the ``Runs`` of the chunks before.
     """
     if probes.shape[0] == 0:
-        empty = torch.empty(0, num_steps, dtype=torch.float64)
+        empty = torch.empty(0, num_steps, dtype=torch.float64, device="cpu")
         return Runs(empty, empty, empty.new_empty(0, len(H.layout.sizes)))
 
     def full(unit: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ def deflated_rows(values: Tensor, rest: Runs, size: int) -> tuple[Tensor, Tensor
     """Nodes and weights of whole rows: exact ``values`` of mass ``1 / size`` each, then what the probes found."""
     count = rest.nodes.shape[0]
     nodes = torch.cat([values.expand(count, -1), rest.nodes], dim=1)
-    exact = torch.full((count, len(values)), 1 / size, dtype=torch.float64)
+    exact = torch.full((count, len(values)), 1 / size, dtype=torch.float64, device="cpu")
     return nodes, torch.cat([exact, rest.weights * (1 - len(values) / size)], dim=1)
 
 

@@ -199,7 +199,7 @@ def _exact(sketch: Sketch) -> Estimate:
     leaf_samples = leaf_sums(unit * sketch.multiply(unit), H).sum(0, keepdim=True)
     return Estimate.of(
         leaf_samples.sum(1),
-        stderr=torch.zeros(()),
+        stderr=torch.zeros((), device="cpu"),
         num_matvecs=sketch.num_matvecs,
         leaf_samples=leaf_samples,
         leaf_names=H.layout.names,

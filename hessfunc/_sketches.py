@@ -61,7 +61,7 @@ class HutchPlusPlus(Sketch):
         self.num_seen = 0
         self.basis = self.rest = self.rest_products = self.none
         self.shares = self.none[:, :0]  # of the basis in the probes that test: probes = rest + shares @ basis
-        self.leaf_traces = torch.zeros(len(H.layout.sizes), dtype=torch.float64)
+        self.leaf_traces = torch.zeros(len(H.layout.sizes), dtype=torch.float64, device="cpu")
 
     def cost(self, count: int) -> int:
         return count + (count + 1) // 2

@@ -10,7 +10,7 @@ import torch
 
 from hessfunc import _probes, tree
 from hessfunc._compat import REVERSE_ALONE, evaluated, rerouted
-from hessfunc._fingerprint import Fingerprint, explained_difference
+from hessfunc._fingerprint import Fingerprint, explained_difference, in_double
 from hessfunc._traced import Product
 from hessfunc._typing import Loss, Params, Tensor
 from hessfunc._witness import Witness, custom_functions
@@ -122,19 +122,19 @@ class Soundness:
                 return 0.0
             leaves = tree.leaves(inputs)
             gradient = torch.autograd.grad(value, leaves, allow_unused=True)
-        slope = sum(float(g.double().square().sum()) for g in gradient if g is not None) ** 0.5
+        slope = sum(float(in_double(g).square().sum()) for g in gradient if g is not None) ** 0.5
         point = float(tree.norm(self._params))
         return 1e3 * slope * tree.size(self._params) / point if point else float("inf")
 
     def _in_double(self, arguments: tuple[Any, ...], probe: Callable[[int], Tensor]) -> tuple[float, float] | None:
         """The asymmetry in float64, or ``None`` if the loss does not run in it."""
-        params, arguments = _double(self._params), _double(arguments)
-        layout = tree.Layout.of(params)
 
         def rows(rows: Tensor) -> Tensor:
             return layout.ravel(self._product(self._loss, params, layout.unravel(rows[0]), *arguments)).unsqueeze(0)
 
         try:
+            params, arguments = _double(self._params), _double(arguments)
+            layout = tree.Layout.of(params)
             return _asymmetry(lambda seed: probe(seed).double(), rows)
         except (RuntimeError, TypeError, ValueError):  # float32 weights of its own, or a device without float64
             return None

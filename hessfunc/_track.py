@@ -183,6 +183,6 @@ def track(
 
 def _overlaps(pairs: Eigenpairs, before: Eigenpairs | None) -> Tensor:
     if before is None:
-        return torch.full((len(pairs),), torch.nan, dtype=torch.float64)
+        return torch.full((len(pairs),), torch.nan, dtype=torch.float64, device="cpu")
     cosines = pairs.rows() @ before.rows().T
     return cosines.square().sum(1).clamp(max=1).cpu().double()

@@ -88,11 +88,11 @@ class Trajectory:
         vectors = ("eigenvalues", "residuals", "converged", "overlaps")
         numbers = ("num_matvecs", "seconds", "seconds_between")
         return cls(
-            steps=torch.tensor(position),
+            steps=torch.tensor(position, device="cpu"),
             trace=_column([float("nan") if row.trace is None else float(row.trace) for row in rows]),
             trace_stderr=_column([float("nan") if row.trace is None else float(row.trace.stderr) for row in rows]),
             **{name: torch.stack([getattr(row, name) for row in rows]) for name in vectors},
-            **{name: torch.tensor([getattr(row, name) for row in rows]) for name in numbers},
+            **{name: torch.tensor([getattr(row, name) for row in rows], device="cpu") for name in numbers},
         )
 
     @property
@@ -123,4 +123,4 @@ class Trajectory:
 
 
 def _column(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

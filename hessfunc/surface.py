@@ -107,7 +107,7 @@ def loss_surface(
     centre, stacked = tree.detach(params), tree.detach(stacked)
     batches = Batches.of(data, reduction=reduction, count=count, device=tree.leaves(centre)[0].device)
     # Not linspace, whose middle point is off 0 by rounding.
-    steps = [torch.arange(1 - n, n, 2, dtype=torch.float64) / (n - 1) for n in counts]
+    steps = [torch.arange(1 - n, n, 2, dtype=torch.float64, device="cpu") / (n - 1) for n in counts]
     coordinates = tuple(extent * step for extent, step in zip(spans, steps, strict=True))
     points = torch.cartesian_prod(*coordinates).reshape(-1, dimensions)
     total = _num_batches(data, single=batches.single)
@@ -119,7 +119,7 @@ def loss_surface(
             return _checked_loss(loss, tree.index(moved, 0), batch).reshape(1)
         return torch.func.vmap(lambda p: _checked_loss(loss, p, batch))(moved)
 
-    losses = torch.zeros(len(points), dtype=torch.float64)
+    losses = torch.zeros(len(points), dtype=torch.float64, device="cpu")
     weights: list[float] = []
     done = 0
     with torch.no_grad():

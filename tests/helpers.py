@@ -1,10 +1,13 @@
 """Matrices with prescribed spectra, counting matvecs, and the table of small models that tests run over."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +35,16 @@ def randn_like(params: Any, generator: torch.Generator, lead: tuple[int, ...] = 
     return tree.map_leaves(
         lambda leaf: torch.randn((*lead, *leaf.shape), generator=generator, dtype=F64).to(leaf.dtype), params
     )
+
+
+@contextlib.contextmanager
+def world_of_one() -> Iterator[Any]:
+    """Distributed torch with this process alone; yields its mesh."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore(), timeout=timedelta(seconds=60))
+    try:
+        yield dist.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
 
 
 # Matrices

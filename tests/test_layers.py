@@ -178,15 +178,30 @@ def test_no_global_state_is_set():
     for module in TREES:
         for call in calls(module):
             # The command line seeds a user's own function, whose model initializes from the global state, inside
-            # fork_rng, and turns warnings into lines of its own inside catch_warnings.
-            if (module, dotted(call.func)) in (("_problem", "torch.manual_seed"), ("_cli", "warnings.simplefilter")):
-                guard = "fork_rng" if module == "_problem" else "catch_warnings"
+            # fork_rng, and turns warnings into lines of its own inside catch_warnings; _compat keeps a warning of torch
+            # from its user inside of another.
+            guard = {
+                ("_problem", "torch.manual_seed"): "fork_rng",
+                ("_cli", "warnings.simplefilter"): "catch_warnings",
+                ("_compat", "warnings.simplefilter"): "catch_warnings",
+            }.get((module, dotted(call.func)))
+            if guard is not None:
                 assert guard in (PACKAGE / f"{module}.py").read_text()
                 continue
             assert dotted(call.func) not in forbidden, f"{module}:{call.lineno} {dotted(call.func)}"
         for node in ast.walk(TREES[module]):
             targets = node.targets if isinstance(node, ast.Assign) else []
             assert not any(dotted(t).startswith(("torch.", "F.", "np.")) for t in targets), f"{module}:{node.lineno}"
+
+
+def test_every_new_tensor_says_on_which_device_it_is():
+    """Or it would lie on torch's default device, which a user may have set to an accelerator."""
+    factories = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn"}
+    factories |= {"randperm", "tensor", "zeros"}
+    for module in TREES:
+        for call in calls(module):
+            if dotted(call.func).startswith("torch.") and dotted(call.func).removeprefix("torch.") in factories:
+                assert any(k.arg == "device" for k in call.keywords), f"{module}:{call.lineno} {dotted(call.func)}"
 
 
 def test_a_users_model_is_never_switched_or_given_gradients():

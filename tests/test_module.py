@@ -290,7 +290,6 @@ def test_what_cannot_be_made_functional_says_why():
         loss(params, torch.ones(1, 2))
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
 def test_a_scripted_module_is_refused():
     scripted = torch.jit.script(nn.Linear(2, 1))
     with pytest.raises(TypeError, match=r"model is a ScriptModule, which torch.func cannot run; pass the original"):
