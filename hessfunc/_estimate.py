@@ -29,6 +29,8 @@ class Estimate:
             ``samples``. ``None`` where the method has none.
         leaf_names: dotted names of the leaves; empty without ``leaf_samples``.
         dof: degrees of freedom of ``stderr``; ``None`` stands for ``num_samples - 1``, those of a spread of samples.
+        leaf_stderr: standard errors of the leaves' shares, shape ``(num_leaves,)``, and ``leaf_dof`` their degrees of
+            freedom; ``None`` stands for those of a spread of samples.
 
     Example:
         >>> import torch
@@ -48,6 +50,8 @@ class Estimate:
     leaf_samples: Tensor | None = field(default=None, repr=False)
     leaf_names: tuple[str, ...] = ()
     dof: float | None = None
+    leaf_stderr: Tensor | None = field(default=None, repr=False)
+    leaf_dof: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -89,6 +93,7 @@ class Estimate:
             stderr=abs(factor) * self.stderr,
             samples=factor * self.samples,
             leaf_samples=None if self.leaf_samples is None else factor * self.leaf_samples,
+            leaf_stderr=None if self.leaf_stderr is None else abs(factor) * self.leaf_stderr,
         )
 
     def half_width(self, confidence: float = 0.95) -> float:
@@ -126,9 +131,13 @@ class Estimate:
         if self.leaf_samples is None:
             raise ValueError("this estimate has no leaf_samples; those of hessfunc.hutchinson and hessfunc.hutchpp do.")
         exact = self.stderr if self.stderr == 0 else None
+        stderr = [exact] * len(self.leaf_names) if self.leaf_stderr is None else self.leaf_stderr.unbind()
+        dof = [None] * len(self.leaf_names) if self.leaf_dof is None else self.leaf_dof.tolist()
         return {
-            name: Estimate.of(column, stderr=exact, num_matvecs=self.num_matvecs)
-            for name, column in zip(self.leaf_names, self.leaf_samples.unbind(1), strict=True)
+            name: Estimate.of(column, stderr=error, dof=freedom, num_matvecs=self.num_matvecs)
+            for name, column, error, freedom in zip(
+                self.leaf_names, self.leaf_samples.unbind(1), stderr, dof, strict=True
+            )
         }
 
     def __float__(self) -> float:

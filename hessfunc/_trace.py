@@ -108,7 +108,7 @@ def hutchinson(
     check_generator(generator)
     chunk = chunk_length(H, chunk_size)
     with torch.no_grad():
-        known, law = Deflation.of(deflate, H, chunk), ProbeLaw(sampler)
+        known, law = Deflation.of(deflate, H, chunk), ProbeLaw(sampler, H)
         parts: list[Tensor] = []
         count, goal = 0, stopping.first
         while True:

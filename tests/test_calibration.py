@@ -5,7 +5,7 @@ or less often than that, the row says how often, and why.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +14,7 @@ from helpers import F64, seeded, symmetric
 from scipy import stats
 
 import hessfunc as hf
-from hessfunc import tree
+from hessfunc import _probes, tree
 
 SEEDS = 400
 BAND = (0.92, 0.98)
@@ -182,8 +182,22 @@ METHODS: dict[str, Callable[[str, int], torch.Tensor]] = {
     "hutchpp, by leaf": by_leaf(hf.hutchpp),
     "xtrace": scalar(hf.xtrace, chunk_size=100),
     "xnystrace": scalar(hf.xnystrace, chunk_size=100),
+    "hutchinson of normal probes, by leaf": by_leaf(partial(hf.hutchinson, sampler=_probes.normal)),
+    "hutchinson on the sphere, by leaf": by_leaf(partial(hf.hutchinson, sampler=_probes.sphere)),
+    "hutchinson, deflated, by leaf": over_seeds(
+        lambda s, k, g: held_leaves(
+            hf.hutchinson(operator(s), num_probes=k, deflate=pairs(s), generator=g), matrix(s).diagonal()
+        )
+    ),
     "diagonal": over_seeds(lambda s, k, g: held_entries(hf.diagonal(operator(s), num_probes=k, generator=g), s, k)),
     "xdiag": over_seeds(lambda s, k, g: held_entries(hf.xdiag(operator(s), num_probes=k, generator=g), s, k)),
+    "diagonal, trace": scalar(lambda H, **options: hf.diagonal(H, **options).trace),
+    "diagonal, trace by leaf": by_leaf(lambda H, **options: hf.diagonal(H, **options).trace),
+    "diagonal, squared norm": scalar(lambda H, **options: hf.diagonal(H, **options).frobenius_squared, frobenius),
+    "xdiag, trace": scalar(lambda H, **options: hf.xdiag(H, **options).trace),
+    "xdiag, squared norm": scalar(lambda H, **options: hf.xdiag(H, **options).frobenius_squared, frobenius),
+    "frobenius_squared of normal probes": scalar(partial(hf.frobenius_squared, sampler=_probes.normal), frobenius),
+    "frobenius_squared on the sphere": scalar(partial(hf.frobenius_squared, sampler=_probes.sphere), frobenius),
     "frobenius_squared": scalar(hf.frobenius_squared, frobenius),
     "frobenius_squared, by leaf": by_leaf(hf.frobenius_squared, lambda s: matrix(s).square().sum(1)),
     "slq, trace": plain(hf.Quadrature.trace, trace),
