@@ -63,18 +63,19 @@ class SquareLaw:
         for some, images in blocks(probes, products):
             earlier = self.last or (some[0], images[0])
             pairs = images * torch.cat([earlier[1].unsqueeze(0), images[:-1]])
-            factors = torch.ones(len(pairs), 1, dtype=torch.float64)
+            factor: Tensor | float = 1.0
             if self.entries is not None:
+                counts = self.entries.count + torch.arange(1, len(pairs) + 1, dtype=torch.float64)
+                # The mean that is taken off has in it a part of the pair itself.
+                factor = 1 - 2 / counts.clamp(min=2).square().unsqueeze(1)
                 terms = some * images
                 same = some * torch.cat([earlier[0].unsqueeze(0), some[:-1]])
                 for i, row in enumerate(terms):
                     self.entries.absorb(row)
                     pairs[i].addcmul_(same[i], self.entries.mean.square(), value=-1)
-                    # The mean has in it a part of the pair itself.
-                    factors[i] = 1 - 2 / max(self.entries.count, 2) ** 2
                 if self.linear is not None:
                     self.linear.take(terms)
-            self.pairs.append(leaf_sums(pairs, self.H) / factors)
+            self.pairs.append(leaf_sums(pairs, self.H) / factor)
             self.last = some[-1].clone(), images[-1].clone()
 
     def applied(self, plain: Estimate) -> Estimate:

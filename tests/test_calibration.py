@@ -244,6 +244,7 @@ QUICK = [
     *(Row("slq, second moment", spectrum, k) for spectrum in ("outliers", "one") for k in (4, 12, 40)),
     *(Row(name, "outliers", 12) for name in ("slq, exp(-H)", "slq, density")),
     *(Row("hutchinson", spectrum, k) for spectrum in ("fast", "one") for k in (4, 12)),
+    *(Row(name, "one", 12) for name in ("hutchinson, by leaf", "frobenius_squared", "diagonal, trace")),
 ]
 
 
@@ -265,12 +266,10 @@ STEEP = (0.92, 0.995)
 SKETCHES = {("xtrace", "outliers", 4): EDGE, ("xtrace", "fast", 4): EDGE, ("xtrace", "faster", 4): EDGE} | {
     (name, "step", k): EDGE for name in ("xtrace", "xnystrace") for k in (4, 8, 12)
 }
-# Spreads of a dozen samples of a few large eigenvalues, each a chi-squared of one degree of freedom; where the law of
-# the probes is known it tells more.
-SKEWED = (0.83, 0.98)
 # Four to six samples: the degrees of freedom of the law's error are those of the worst case.
 FEW = (0.92, 0.995)
-HALF_SKEWED = (0.88, 0.98)
+# Fourth moments of the spectrum from seven pairs of probes, where few large eigenvalues make up most of them.
+PAIRS = (0.90, 0.99)
 
 SLOW = [
     *(
@@ -288,10 +287,28 @@ SLOW = [
     *(Row("xdiag", spectrum, k) for spectrum in SPECTRA for k in (5, 10, 20)),
     *(Row("diagonal", spectrum, k) for spectrum in SPECTRA for k in (12, 40)),
     *(Row("hutchinson", spectrum, k, FEW if k == 4 else BAND) for spectrum in SPECTRA for k in (4, 8, 12, 40)),
+    *(Row("hutchinson, by leaf", spectrum, k, FEW if k == 4 else BAND) for spectrum in SPECTRA for k in (4, 12, 40)),
     *(
-        Row("frobenius_squared", spectrum, k, BAND if spectrum in ("outliers", "flat") else SKEWED)
+        Row(name, spectrum, 12)
+        for name in (
+            *("hutchinson of normal probes, by leaf", "hutchinson on the sphere, by leaf"),
+            *("hutchinson, deflated, by leaf", "xdiag, trace", "xdiag, squared norm"),
+            *("frobenius_squared of normal probes", "frobenius_squared on the sphere"),
+        )
         for spectrum in SPECTRA
+    ),
+    # The probes and laws of hutchinson and frobenius_squared
+    *(
+        Row(name, spectrum, k)
+        for name in ("diagonal, trace", "diagonal, trace by leaf", "diagonal, squared norm")
+        for spectrum in ("outliers", "one")
         for k in (12, 40)
+    ),
+    *(
+        Row(name, spectrum, k, PAIRS if k == 8 else BAND)
+        for name in ("frobenius_squared", "frobenius_squared, by leaf")
+        for spectrum in SPECTRA
+        for k in (8, 12, 40)
     ),
     *(Row("hutchinson, deflated", spectrum, k, FEW if k == 4 else BAND) for spectrum in SPECTRA for k in (4, 12, 24)),
     *(
@@ -300,17 +317,23 @@ SLOW = [
         for spectrum in SPECTRA
         for k in (8, 12, 24)
     ),
-    *(Row(name, "outliers", 24) for name in ("hutchpp, by leaf", "deflated, by leaf", "frobenius_squared, by leaf")),
+    *(
+        Row(name, spectrum, k, FEW if k < 24 else BAND)
+        for name in ("hutchpp, by leaf", "deflated, by leaf")
+        for spectrum in SPECTRA
+        for k in (12, 24)
+    ),
     # A tolerance stops where the error happens to look small.
     Row("hutchinson, to a tolerance", "outliers", 12, (0.90, 0.98)),
     *(
         Row(name, spectrum, 12)
-        for name in ("slq, exact outliers, trace", "slq, exact outliers, second moment", "krylov, by leaf")
+        for name in ("slq, exact outliers, trace", "slq, exact outliers, second moment")
         for spectrum in ("outliers", "flat")
     ),
+    *(Row("krylov, by leaf", spectrum, 12) for spectrum in SPECTRA),
     Row("block_spectra", "outliers", 12),
     Row("sharpness", "outliers", 12),
-    Row("stable_rank", "outliers", 40, HALF_SKEWED),
+    *(Row("stable_rank", "outliers", k) for k in (12, 40)),
 ]
 
 
