@@ -48,9 +48,11 @@ def diagonal(
 
     Formula: ``diag H = E[v * H v]`` for random signs ``v`` (Bekas, Kokiopoulou and Saad 2007). An entry has variance
     ``sum_{j != i} H_ij^2`` per probe, so the relative error of small entries next to large rows falls slowly; from
-    about 20 matvecs on [`xdiag`][hessfunc.xdiag] is more accurate where its memory can be had.
+    about 20 matvecs on [`xdiag`][hessfunc.xdiag] is more accurate where its memory can be had. Trace and squared norm
+    are those of [`hutchinson`][hessfunc.hutchinson] and [`frobenius_squared`][hessfunc.frobenius_squared], with their
+    standard errors.
 
-    Cost: one matvec per probe. Memory: three vectors, and three per probe of a chunk.
+    Cost: one matvec per probe. Memory: seven vectors, and three per probe of a chunk.
 
     Args:
         H: symmetric operator.
@@ -179,11 +181,14 @@ def frobenius_squared(
 
     Formula: ``|H|_F^2 = E[|H v|^2]`` for probes with ``E[v v^T] = I``: Hutchinson's method for ``H^2`` at one matvec a
     probe. A leaf's share is the squared norm of its rows of ``H``. One probe has variance ``2 (|H^2|_F^2 - sum_i
-    (H^2)_ii^2)`` with random signs. It would take products with ``H^2`` to tell it, so the standard error is from the
-    spread: where a few eigenvalues make up most of it, 95 % intervals held the value in 87 to 92 % of runs.
+    (H^2)_ii^2)`` with random signs; ``E[<H u, H v>^2] = |H^2|_F^2`` for independent probes tells it, from each probe
+    and the one before it. The standard error is the larger one of that and of the samples' spread (the spread alone for
+    samplers of your own), which is too small where a few eigenvalues make up most of the norm. Over nine spectra of 60
+    parameters 95 % intervals held the value in 94 to 97 % of runs with 12 and 40 probes and in 91 to 98 % with 8. By
+    leaf the variance is an upper bound with signs, as if all entries of the diagonal were alike.
 
-    Cost: one matvec per probe. Memory: three vectors per probe of a chunk. [`diagonal`][hessfunc.diagonal] has this
-    number among its results.
+    Cost: one matvec per probe. Memory: three vectors per probe of a chunk, seven for the error.
+    [`diagonal`][hessfunc.diagonal] has this number among its results.
 
     Args:
         H: symmetric operator.

@@ -29,7 +29,8 @@ class Krylov:
 
     Attributes:
         quadrature: the spectrum, exact outliers included ([`Quadrature`][hessfunc.Quadrature]).
-        trace: trace with the share of every leaf, from the same probes with the exact outliers projected off.
+        trace: trace with the share of every leaf, from the same probes with the exact outliers projected off. Standard
+            errors, by leaf too, are from the known law of these probes.
         ritz_values: all Ritz values of the reorthogonalized run, ascending, float64.
         ritz_residuals: their residual norms by the Lanczos recurrence, float64.
         repeated: exact outliers of which a further copy showed up in the other probes, shape ``(num_exact,)``, bool.

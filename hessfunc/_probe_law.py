@@ -54,22 +54,24 @@ class ProbeLaw:
     and few samples of it seldom show their spread; these summands are squares where the spread has fourth powers.
     Other probes have laws of their own, and nothing is known then.
 
-    The same summands over the entries of one leaf have a mean ``S`` with which its share of ``<v, B v>`` has a variance
-    between ``S``, if ``B`` couples its entries to other leaves, and ``2 S``, if to one another: see [`leaf_errors`][].
+    Summed over the entries of one leaf alone, without the factor 2, they have a mean ``S``, and the variance of the
+    leaf's share of ``<v, B v>`` is between ``S``, if ``B`` couples its entries to those of other leaves, and ``2 S``,
+    if to one another: see [`leaf_errors`][].
 
     Cost: a vector with signs, and some passes over each product.
     """
 
     def __init__(self, sampler: Sampler, H: Operator) -> None:
         self.sampler, self.H = sampler, H
-        self.entries = Entries(H) if sampler in SIGNED else None
+        self.entries: Entries | None = None
         self.leaves: list[Tensor] = []
         self.whole: list[Tensor] = []
 
     def add(self, probes: Tensor, products: Tensor) -> None:
         """Take in probes and their products with ``B``, rows of shape ``(k, n)``."""
         for some, images in blocks(probes, products):
-            if self.entries is not None:
+            if self.sampler in SIGNED:
+                self.entries = self.entries or Entries(self.H)
                 terms = some * images
                 for row in terms:
                     self.entries.absorb(row)
@@ -91,7 +93,7 @@ class ProbeLaw:
         The spread remains as a floor since it also sees what is not the probes' noise, such as products that are not
         those of one symmetric matrix.
         """
-        first = int(self.entries is not None)  # one probe tells no variance
+        first = int(self.sampler in SIGNED)  # one probe tells no variance
         if len(plain.samples) == 1 or not self.whole or plain.leaf_samples is None:
             return plain
         mean, dof = law_mean(torch.cat(self.whole)[first:])

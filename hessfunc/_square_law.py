@@ -42,17 +42,18 @@ class SquareLaw:
     The share of a leaf, with ``E`` the projector onto its entries, is the form of ``M = B E B``. With signs the
     diagonal of that is not known; it is at least as large as if it were constant, so the result is a bound.
 
-    Cost: four vectors with signs, one otherwise, and some passes over each product.
+    Cost: seven vectors with signs, two otherwise, and some passes over each product.
 
     Args:
         sampler: what draws the probes.
         H: the operator the products are of.
-        linear: the law of ``<v, B v>`` for the same probes, which is told of them too.
+        linear: the law of ``<v, B v>`` for the same probes, which is told of them too if they are signs.
     """
 
     def __init__(self, sampler: Sampler, H: Operator, linear: ProbeLaw | None = None) -> None:
         self.sampler, self.H, self.linear = sampler, H, linear
         self.entries = Scatter(H) if sampler in SIGNED else None
+        self.count = 0
         self.last: tuple[Tensor, Tensor] | None = None
         self.pairs: list[Tensor] = []
 
@@ -60,23 +61,23 @@ class SquareLaw:
         """Take in probes and their products with ``B``, rows of shape ``(k, n)``."""
         if self.sampler not in (*SIGNED, normal, sphere):
             return
+        last = self.last or (probes[0], products[0])
         for some, images in blocks(probes, products):
-            earlier = self.last or (some[0], images[0])
-            pairs = images * torch.cat([earlier[1].unsqueeze(0), images[:-1]])
-            factor: Tensor | float = 1.0
-            if self.entries is not None:
-                counts = self.entries.count + torch.arange(1, len(pairs) + 1, dtype=torch.float64)
-                # The mean that is taken off has in it a part of the pair itself.
-                factor = 1 - 2 / counts.clamp(min=2).square().unsqueeze(1)
-                terms = some * images
-                same = some * torch.cat([earlier[0].unsqueeze(0), some[:-1]])
-                for i, row in enumerate(terms):
-                    self.entries.absorb(row)
-                    pairs[i].addcmul_(same[i], self.entries.mean.square(), value=-1)
-                if self.linear is not None:
-                    self.linear.take(terms)
-            self.pairs.append(leaf_sums(pairs, self.H) / factor)
-            self.last = some[-1].clone(), images[-1].clone()
+            pairs, counts = images.clone(), self.count + torch.arange(1, len(images) + 1, dtype=torch.float64)
+            terms = some * images if self.entries is not None else images
+            for probe, product, pair, term in zip(some, images, pairs, terms, strict=True):
+                pair.mul_(last[1])
+                if self.entries is not None:
+                    self.entries.absorb(term)
+                    pair.sub_((probe * last[0]).mul_(self.entries.mean).mul_(self.entries.mean))
+                last = probe, product
+            self.count += len(images)
+            # The mean that is taken off has in it a part of the pair itself.
+            part = 2 / counts.clamp(min=2).square().unsqueeze(1) if self.entries is not None else 0.0
+            self.pairs.append(leaf_sums(pairs, self.H) / (1 - part))
+            if self.entries is not None and self.linear is not None:
+                self.linear.take(terms)
+        self.last = last[0].clone(), last[1].clone()
 
     def applied(self, plain: Estimate) -> Estimate:
         """With the larger of the standard errors by the law and by the spread of the samples, by leaf too.
@@ -107,7 +108,7 @@ class SquareLaw:
         if self.entries is None:
             shares = leaves.mean(0)
             return torch.cat([shares, shares.sum(0, keepdim=True)]).square() / self.H.size
-        freedom = self.entries.count - 1
+        freedom = self.count - 1
         variances = (self.entries.squares / freedom).unsqueeze(0)
         shares = leaf_sums(variances, self.H)[0].square() / self.H.size
         # The square of a sample variance is larger in the mean than that of the variance, by this much if normal.
