@@ -61,23 +61,28 @@ class SquareLaw:
         """Take in probes and their products with ``B``, rows of shape ``(k, n)``."""
         if self.sampler not in (*SIGNED, normal, sphere):
             return
-        last = self.last or (probes[0], products[0])
         for some, images in blocks(probes, products):
-            pairs, counts = images.clone(), self.count + torch.arange(1, len(images) + 1, dtype=torch.float64)
+            pairs = torch.empty_like(images)
             terms = some * images if self.entries is not None else images
             for probe, product, pair, term in zip(some, images, pairs, terms, strict=True):
-                pair.mul_(last[1])
+                known = probe
                 if self.entries is not None:
                     self.entries.absorb(term)
-                    pair.sub_((probe * last[0]).mul_(self.entries.mean).mul_(self.entries.mean))
-                last = probe, product
+                    known = probe * self.entries.mean
+                last = self.last or (known, product)
+                torch.mul(product, last[1], out=pair)
+                if self.entries is not None:
+                    pair.addcmul_(known, last[0], value=-1)
+                self.last = known, product
+            counts = torch.arange(self.count + 1, self.count + len(images) + 1, dtype=torch.float64).clamp(min=2)
             self.count += len(images)
-            # The mean that is taken off has in it a part of the pair itself.
-            part = 2 / counts.clamp(min=2).square().unsqueeze(1) if self.entries is not None else 0.0
+            # The means that are taken off have in them a part of the pair itself.
+            part = 1 / (counts * (counts - 1)).unsqueeze(1) if self.entries is not None else 0.0
             self.pairs.append(leaf_sums(pairs, self.H) / (1 - part))
             if self.entries is not None and self.linear is not None:
                 self.linear.take(terms)
-        self.last = last[0].clone(), last[1].clone()
+        if self.last is not None:  # the rows may be the caller's to overwrite
+            self.last = self.last[0].clone(), self.last[1].clone()
 
     def applied(self, plain: Estimate) -> Estimate:
         """With the larger of the standard errors by the law and by the spread of the samples, by leaf too.
