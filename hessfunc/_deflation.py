@@ -17,14 +17,15 @@ class Deflation:
     """Orthonormal rows ``U`` with projector ``P``, and the trace of ``H P`` by leaf.
 
     ``tr H = tr(P H P) + tr((I - P) H (I - P))``, whether or not the space is invariant, since ``tr(P H (I - P)) = 0``.
-    Leaf by leaf, with ``E`` the projector onto a leaf's entries, ``tr(E H) = tr(E H P) + tr(E H (I - P))``: the first
-    is ``sum_j <u_j, E H u_j>``, and ``<w, E H w>`` with ``w = (I - P) v`` is an unbiased sample of the second.
+    Leaf by leaf, with ``E`` the projector onto a leaf's entries and ``B = (I - P) H (I - P)``,
+    ``tr(E H) = tr(E (H - B)) + tr(E B)``: the first is ``sum_j <u_j, E (2 H u_j - P H u_j)>``, and ``<v, E B v>`` is an
+    unbiased sample of the second.
 
     Attributes:
         rows: shape ``(k, size)``.
-        leaf_traces: shape ``(num_leaves,)``, float64, on the CPU: ``sum_j <u_j, E H u_j>`` if the products are known,
+        leaf_traces: shape ``(num_leaves,)``, float64, on the CPU: ``tr(E (H - B))`` if the products are known,
             ``sum_j <u_j, E u_j> theta_j`` for Ritz pairs. The totals agree; the shares of the leaves differ by
-            ``sum_j <u_j, E r_j>`` with the residuals ``r_j``, which the samples make up for.
+            ``2 sum_j <u_j, E r_j>`` with the residuals ``r_j``, which the samples make up for.
         ritz: whether ``leaf_traces`` are from Ritz values.
         num_matvecs: products spent on it.
     """
@@ -65,7 +66,7 @@ class Deflation:
     @classmethod
     def with_products(cls, rows: Tensor, products: Tensor, H: Operator, *, num_matvecs: int) -> Deflation:
         """From orthonormal rows and the products of ``H`` with them."""
-        return cls(rows, leaf_sums(rows * products, H).sum(0), False, num_matvecs)
+        return cls(rows, known_shares(rows[:0], rows, products, H), False, num_matvecs)
 
     def project(self, rows: Tensor) -> Tensor:
         """``(I - P)`` on each row."""
@@ -74,27 +75,35 @@ class Deflation:
     def samples(self, H: Operator, probes: Tensor) -> tuple[Tensor, Tensor]:
         """One unbiased sample of the trace by leaf for each probe, shape ``(num_probes, num_leaves)``.
 
-        Second, the products ``(I - P) H (I - P)`` with the probes.
+        Second, the products of ``(I - P) H (I - P)`` with the probes.
         """
-        rest = self.project(probes)
-        products = H.rows(rest)
-        found = leaf_sums(rest * products, H)
+        products = H.rows(self.project(probes))
         if not len(self.rows):
-            return found + self.leaf_traces, products
-        del rest
+            return leaf_sums(probes * products, H) + self.leaf_traces, products
         inside = inner(products, self.rows) @ self.rows
+        products = products - inside
+        found = leaf_sums(probes * products, H)
         if self.ritz:
-            # <v, E P H w> has mean <u_j, E r_j> summed over j. Its sum over the leaves has mean 0 and would only add
-            # noise to the whole, so it is taken off in shares that do not depend on the probe.
-            across = leaf_sums(probes * inside, H)
+            # <v, E P H (I - P) v> has mean <u_j, E r_j> summed over j. Its sum over the leaves has mean 0 and would
+            # only add noise to the whole, so it is taken off in shares that do not depend on the probe.
+            across = 2 * leaf_sums(probes * inside, H)
             share = leaf_sums(self.rows.square(), H).sum(0) / len(self.rows)
             found = found + across - across.sum(1, keepdim=True) * share
-        return found + self.leaf_traces, products - inside
+        return found + self.leaf_traces, products
 
 
 def leaf_sums(rows: Tensor, H: Operator) -> Tensor:
     """Sum over each leaf's entries of each row, shape ``(num_rows, num_leaves)``, float64, on the CPU."""
     return torch.stack([part.sum(1) for part in rows.split(H.layout.sizes, dim=1)], dim=1).cpu().double()
+
+
+def known_shares(basis: Tensor, rows: Tensor, products: Tensor, H: Operator) -> Tensor:
+    """By how much ``tr(E (H - B))`` grows when ``rows`` join ``basis``, for each leaf; ``products`` are those of rows.
+
+    ``H - B = H P + P H - P H P``, of which ``basis`` alone has its part already.
+    """
+    parts = project_off(basis, products) + project_off(torch.cat([basis, rows]), products)
+    return leaf_sums(rows * parts, H).sum(0)
 
 
 def products_of(H: Operator, rows: Tensor, chunk_size: int | None) -> Tensor:

@@ -11,7 +11,9 @@ from hessfunc._deflation import extend_basis, leaf_sums, products_of
 from hessfunc._estimate import Estimate
 from hessfunc._leave_one_out import spread_and_covariance
 from hessfunc._operators import Operator
+from hessfunc._probe_law import ProbeLaw
 from hessfunc._probes import Sampler, jittered, signs
+from hessfunc._square_law import SquareLaw
 from hessfunc._stopping import Stopping
 from hessfunc._trace import chunk_length, draw
 from hessfunc._typing import Params, Tensor
@@ -46,9 +48,11 @@ def diagonal(
 
     Formula: ``diag H = E[v * H v]`` for random signs ``v`` (Bekas, Kokiopoulou and Saad 2007). An entry has variance
     ``sum_{j != i} H_ij^2`` per probe, so the relative error of small entries next to large rows falls slowly; from
-    about 20 matvecs on [`xdiag`][hessfunc.xdiag] is more accurate where its memory can be had.
+    about 20 matvecs on [`xdiag`][hessfunc.xdiag] is more accurate where its memory can be had. Trace and squared norm
+    are those of [`hutchinson`][hessfunc.hutchinson] and [`frobenius_squared`][hessfunc.frobenius_squared], with their
+    standard errors.
 
-    Cost: one matvec per probe. Memory: three vectors, and three per probe of a chunk.
+    Cost: one matvec per probe. Memory: seven vectors, and three per probe of a chunk.
 
     Args:
         H: symmetric operator.
@@ -69,24 +73,13 @@ def diagonal(
     """
     check_count(num_probes, name="num_probes")
     check_generator(generator)
-    mean = torch.zeros(H.size, dtype=H.dtype, device=H.device)
-    squares = torch.zeros_like(mean)  # sum of squared deviations from the mean
-    traces, norms = [], []
-    count = 0
     with torch.no_grad():
+        totals = _Totals(H, signs)
         for probes in draw(H, num_probes, signs, chunk_length(H, chunk_size), generator):
-            products = _products(H, probes)
-            norms.append(leaf_sums(products.square(), H))
-            samples = products.mul_(probes)
-            traces.append(leaf_sums(samples, H))
-            # Chan, Golub and LeVeque's update: no cancellation, whatever the number of probes
-            fresh = samples.mean(0)
-            shift = fresh - mean
-            share = len(samples) / (count + len(samples))
-            squares += (samples - fresh).square().sum(0) + shift.square() * (count * share)
-            mean += shift * share
-            count += len(samples)
-    return _result(H, mean, _error(squares, count), torch.cat(traces), torch.cat(norms), count)
+            totals.add(probes, _products(H, probes))
+        entries = totals.square_law.entries
+        assert entries is not None  # as probes are signs
+        return _result(H, entries.mean, _error(entries.squares, num_probes), *totals.estimates(), num_probes)
 
 
 def xdiag(
@@ -145,14 +138,31 @@ def xdiag(
                 probes, samples, outside, products, own, components
             )
             mean = mean + whole
-        return _result(
-            H,
-            mean,
-            _error(squares, num_probes),
-            leaf_sums(probes * images, H),
-            leaf_sums(images.square(), H),
-            num_probes + len(basis),
+        totals = _Totals(H, jittered)
+        totals.add(probes, images)
+        return _result(H, mean, _error(squares, num_probes), *totals.estimates(), num_probes + len(basis))
+
+
+class _Totals:
+    """Trace and squared Frobenius norm from probes and their products, with the laws of their errors."""
+
+    def __init__(self, H: Operator, sampler: Sampler) -> None:
+        self.H = H
+        self.law = ProbeLaw(sampler, H)
+        self.square_law = SquareLaw(sampler, H, linear=self.law)
+        self.traces: list[Tensor] = []
+        self.norms: list[Tensor] = []
+
+    def add(self, probes: Tensor, products: Tensor) -> None:
+        self.traces.append(leaf_sums(probes * products, self.H))
+        self.norms.append(leaf_sums(products.square(), self.H))
+        self.square_law.add(probes, products)
+
+    def estimates(self) -> tuple[Estimate, Estimate]:
+        trace, norm = (
+            _estimate(self.H, torch.cat(parts), len(torch.cat(parts))) for parts in (self.traces, self.norms)
         )
+        return self.law.applied(trace), self.square_law.applied(norm)
 
 
 def frobenius_squared(
@@ -171,11 +181,14 @@ def frobenius_squared(
 
     Formula: ``|H|_F^2 = E[|H v|^2]`` for probes with ``E[v v^T] = I``: Hutchinson's method for ``H^2`` at one matvec a
     probe. A leaf's share is the squared norm of its rows of ``H``. One probe has variance ``2 (|H^2|_F^2 - sum_i
-    (H^2)_ii^2)`` with random signs. It would take products with ``H^2`` to tell it, so the standard error is from the
-    spread: where a few eigenvalues make up most of it, 95 % intervals held the value in 87 to 92 % of runs.
+    (H^2)_ii^2)`` with random signs; ``E[<H u, H v>^2] = |H^2|_F^2`` for independent probes tells it, from each probe
+    and the one before it. The standard error is the larger one of that and of the samples' spread (the spread alone for
+    samplers of your own), which is too small where a few eigenvalues make up most of the norm. Over nine spectra of 60
+    parameters 95 % intervals held the value in 94 to 97 % of runs with 12 and 40 probes and in 91 to 98 % with 8. By
+    leaf the variance is an upper bound with signs, as if all entries of the diagonal were alike.
 
-    Cost: one matvec per probe. Memory: three vectors per probe of a chunk. [`diagonal`][hessfunc.diagonal] has this
-    number among its results.
+    Cost: one matvec per probe. Memory: three vectors per probe of a chunk, seven for the error.
+    [`diagonal`][hessfunc.diagonal] has this number among its results.
 
     Args:
         H: symmetric operator.
@@ -206,11 +219,14 @@ def frobenius_squared(
     parts: list[Tensor] = []
     count, goal = 0, stopping.first
     with torch.no_grad():
+        law = SquareLaw(sampler, H)
         while True:
             for probes in draw(H, goal - count, sampler, chunk_length(H, chunk_size), generator):
-                parts.append(leaf_sums(_products(H, probes).square(), H))
+                products = _products(H, probes)
+                parts.append(leaf_sums(products.square(), H))
+                law.add(probes, products)
             count = goal
-            estimate = _estimate(H, torch.cat(parts), count)
+            estimate = law.applied(_estimate(H, torch.cat(parts), count))
             following = stopping.following(estimate, count)
             if following is None:
                 break
@@ -233,7 +249,8 @@ def _exact(H: Operator, chunk: int) -> DiagonalEstimate:
         norms = norms + leaf_sums(products.square(), H).sum(0, keepdim=True)
     value = torch.cat(parts)
     # Twice the same sample: the error is 0, also by leaf
-    return _result(H, value, torch.zeros_like(value), traces.repeat(2, 1), norms.repeat(2, 1), H.size, spent=H.size)
+    trace, norm = (_estimate(H, samples.repeat(2, 1), H.size) for samples in (traces, norms))
+    return _result(H, value, torch.zeros_like(value), trace, norm, H.size)
 
 
 def _dependence(
@@ -288,20 +305,6 @@ def _estimate(H: Operator, leaf_samples: Tensor, num_matvecs: int) -> Estimate:
 
 
 def _result(
-    H: Operator,
-    mean: Tensor,
-    error: Tensor,
-    traces: Tensor,
-    norms: Tensor,
-    num_matvecs: int,
-    *,
-    spent: int | None = None,
+    H: Operator, mean: Tensor, error: Tensor, trace: Estimate, square: Estimate, num_matvecs: int
 ) -> DiagonalEstimate:
-    spent = len(traces) if spent is None else spent
-    return DiagonalEstimate(
-        value=H.layout.unravel(mean),
-        stderr=H.layout.unravel(error),
-        trace=_estimate(H, traces, spent),
-        frobenius_squared=_estimate(H, norms, spent),
-        num_matvecs=num_matvecs,
-    )
+    return DiagonalEstimate(H.layout.unravel(mean), H.layout.unravel(error), trace, square, num_matvecs)

@@ -18,9 +18,9 @@ class Estimate:
     Attributes:
         value: the estimate, a scalar; the mean of ``samples``.
         stderr: standard error of ``value``, a scalar: ``std(samples) / sqrt(num_samples)``; larger for ``xtrace`` and
-            ``xnystrace``, whose samples depend on one another, and for ``hutchinson``, ``hutchpp``, ``deflated`` and
-            quadrature where the known law of their probes says so. Infinite for a single sample, which tells nothing
-            of its error; 0 where the value is exact.
+            ``xnystrace``, whose samples depend on one another, and for ``hutchinson``, ``hutchpp``, ``deflated``,
+            ``diagonal``, ``frobenius_squared`` and quadrature where the known law of their probes says so. Infinite
+            for a single sample, which tells nothing of its error; 0 where the value is exact.
         samples: the values whose mean is the estimate, shape ``(num_samples,)``. Independent, one for each probe, for
             Hutchinson's method and for quadrature; what is known exactly (deflated pairs) is added to each. For
             ``xtrace`` and ``xnystrace`` the leave-one-out values, exchangeable but not independent.
@@ -29,6 +29,9 @@ class Estimate:
             ``samples``. ``None`` where the method has none.
         leaf_names: dotted names of the leaves; empty without ``leaf_samples``.
         dof: degrees of freedom of ``stderr``; ``None`` stands for ``num_samples - 1``, those of a spread of samples.
+        leaf_stderr: standard errors of the leaves' shares, shape ``(num_leaves,)``, as in ``per_leaf``; ``None`` stands
+            for those of a spread of samples.
+        leaf_dof: degrees of freedom of ``leaf_stderr``, likewise.
 
     Example:
         >>> import torch
@@ -48,6 +51,8 @@ class Estimate:
     leaf_samples: Tensor | None = field(default=None, repr=False)
     leaf_names: tuple[str, ...] = ()
     dof: float | None = None
+    leaf_stderr: Tensor | None = field(default=None, repr=False)
+    leaf_dof: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -89,6 +94,7 @@ class Estimate:
             stderr=abs(factor) * self.stderr,
             samples=factor * self.samples,
             leaf_samples=None if self.leaf_samples is None else factor * self.leaf_samples,
+            leaf_stderr=None if self.leaf_stderr is None else abs(factor) * self.leaf_stderr,
         )
 
     def half_width(self, confidence: float = 0.95) -> float:
@@ -105,10 +111,11 @@ class Estimate:
 
         Formula: ``value -+ t * stderr`` with the quantile ``t`` of Student's distribution with ``dof`` degrees of
         freedom: exact for normal samples, close for others from about eight on. Over 400 seeds, 95 % intervals hold the
-        truth in 92 to 98 % of runs for traces and diagonals by every method, in up to 99 % with fewer than about six
-        test probes. Those of the spread alone hold it less often where a few eigenvalues make up most of it:
-        ``frobenius_squared`` in 87 to 92 % of runs, leaves and the trace in ``diagonal`` in 83 to 92 %.
-        ``tests/test_calibration.py`` has the table.
+        truth in 92 to 98 % of runs for traces, diagonals and squared norms by every method and for the leaves of these,
+        where those of the spread of samples alone hold it in as little as 81 % where a few eigenvalues make up most of
+        it. Exceptions: up to 99.5 % with fewer than about six test probes; up to 99 % for traces of leaves, above all
+        small ones; 90 to 99 % for squared norms from fewer than about ten probes. ``tests/test_calibration.py`` has the
+        table.
 
         Raises:
             ValueError: ``confidence`` is not between 0 and 1.
@@ -126,9 +133,13 @@ class Estimate:
         if self.leaf_samples is None:
             raise ValueError("this estimate has no leaf_samples; those of hessfunc.hutchinson and hessfunc.hutchpp do.")
         exact = self.stderr if self.stderr == 0 else None
+        stderr = [exact] * len(self.leaf_names) if self.leaf_stderr is None else self.leaf_stderr.unbind()
+        dof = [None] * len(self.leaf_names) if self.leaf_dof is None else self.leaf_dof.tolist()
         return {
-            name: Estimate.of(column, stderr=exact, num_matvecs=self.num_matvecs)
-            for name, column in zip(self.leaf_names, self.leaf_samples.unbind(1), strict=True)
+            name: Estimate.of(column, stderr=error, dof=freedom, num_matvecs=self.num_matvecs)
+            for name, column, error, freedom in zip(
+                self.leaf_names, self.leaf_samples.unbind(1), stderr, dof, strict=True
+            )
         }
 
     def __float__(self) -> float:

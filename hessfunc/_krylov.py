@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from hessfunc._estimate import Estimate
 from hessfunc._lanczos import Tridiagonal
 from hessfunc._operators import Operator
 from hessfunc._outliers import Outliers, RitzPairs
+from hessfunc._probe_law import leaf_errors
 from hessfunc._quadrature import Quadrature
 from hessfunc._runs import check_options, continued, deflated_rows, normalized, run_deflated, run_orthogonal
 from hessfunc._typing import Tensor
@@ -28,7 +29,8 @@ class Krylov:
 
     Attributes:
         quadrature: the spectrum, exact outliers included ([`Quadrature`][hessfunc.Quadrature]).
-        trace: trace with the share of every leaf, from the same probes with the exact outliers projected off.
+        trace: trace with the share of every leaf, from the same probes with the exact outliers projected off. Standard
+            errors, by leaf too, are from the known law of these probes.
         ritz_values: all Ritz values of the reorthogonalized run, ascending, float64.
         ritz_residuals: their residual norms by the Lanczos recurrence, float64.
         repeated: exact outliers of which a further copy showed up in the other probes, shape ``(num_exact,)``, bool.
@@ -171,7 +173,9 @@ def krylov(
             num_matvecs=spent,
             num_exact=len(which),
         )
-        shares = torch.cat([_pilot_shares(H, unit, product, own), _shares(H, found, rest.shares)])
+        first = _leaves(H, own, *_pilot_leaves(H, unit, product, own))
+        others = _leaves(H, found, rest.shares, rest.squares)
+        shares, summands = (torch.cat(parts) for parts in zip(first, others, strict=True))
     law = quadrature.trace()
     trace = Estimate.of(
         shares.sum(dim=1),
@@ -181,6 +185,9 @@ def krylov(
         stderr=law.stderr,
         dof=law.dof,
     )
+    if num_probes > 1:
+        leaf_stderr, leaf_dof = leaf_errors(shares, summands)
+        trace = replace(trace, leaf_stderr=leaf_stderr, leaf_dof=leaf_dof)
     return Krylov(quadrature, trace, pairs.values, pairs.residuals, repeated, H, pairs)
 
 
@@ -205,19 +212,18 @@ def _pilot_row(
     return nodes.unsqueeze(0), weights.unsqueeze(0)
 
 
-def _pilot_shares(H: Operator, unit: Tensor, product: Tensor, own: Outliers) -> Tensor:
-    """Samples of the leaves' traces from the first probe, the pairs ``own`` projected off it after the run."""
+def _pilot_leaves(H: Operator, unit: Tensor, product: Tensor, own: Outliers) -> tuple[Tensor, Tensor]:
+    """Shares and squares as in ``Runs`` from the first probe, the pairs ``own`` projected off it after the run."""
     along = own.rows @ unit
     rest = unit - along @ own.rows
     product = product - (own.values.to(along) * along) @ own.rows
-    squared = rest.square().sum()
-    sample = leaf_sums((rest * product).unsqueeze(0), H) / squared.cpu().double().clamp(
-        min=torch.finfo(rest.dtype).tiny
-    )
-    return _shares(H, own, sample)
+    squared = rest.square().sum().cpu().double().clamp(min=torch.finfo(rest.dtype).tiny)
+    shares, squares = (leaf_sums(row.unsqueeze(0), H) / squared for row in (rest * product, product.square()))
+    return shares, squares
 
 
-def _shares(H: Operator, outliers: Outliers, samples: Tensor) -> Tensor:
-    """Trace of every leaf: that of the outliers, and ``samples`` of the mean over the rest."""
-    squares = leaf_sums(outliers.rows.square(), H)
-    return outliers.values @ squares + (H.size - len(outliers.values)) * samples
+def _leaves(H: Operator, outliers: Outliers, shares: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples of the trace of every leaf, that of the outliers included; and what ``leaf_errors`` takes."""
+    dimension = H.size - len(outliers.values)
+    known = outliers.values @ leaf_sums(outliers.rows.square(), H)
+    return known + dimension * shares, dimension * (squares - shares.square())

@@ -26,11 +26,13 @@ class Runs(NamedTuple):
         nodes: Ritz values, shape ``(num_probes, num_steps)``, float64, on the CPU.
         weights: squared first components, the same shape; each row sums to 1.
         shares: contribution of each leaf to ``<q, H q>`` for the unit probe ``q``, ``(num_probes, num_leaves)``.
+        squares: contribution of each leaf to ``|H q|^2``, the same shape.
     """
 
     nodes: Tensor
     weights: Tensor
     shares: Tensor
+    squares: Tensor
 
 
 def run_deflated(
@@ -49,8 +51,10 @@ def run_probes(H: Operator, probes: Tensor, num_steps: int, reorthogonalize: str
         NonFiniteError: a product is NaN or infinite; its ``partial`` are the ``Runs`` of the chunks before.
     """
     if probes.shape[0] == 0:
-        empty = torch.empty(0, num_steps, dtype=torch.float64, device="cpu")
-        return Runs(empty, empty, empty.new_empty(0, len(H.layout.sizes)))
+        empty, no_shares = (
+            torch.empty(0, width, dtype=torch.float64, device="cpu") for width in (num_steps, len(H.layout.sizes))
+        )
+        return Runs(empty, empty, no_shares, no_shares)
 
     def full(unit: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
         run = lanczos(continued(H, product), unit, num_steps)
@@ -69,7 +73,8 @@ def run_probes(H: Operator, probes: Tensor, num_steps: int, reorthogonalize: str
         except NonFiniteError as error:
             error.partial = _joined(pieces) if pieces else None  # the caller makes a quadrature of them
             raise
-        pieces.append(Runs(ritz.eigenvalues, ritz.eigenvectors[:, 0].square(), leaf_sums(units * products, H)))
+        shares, squares = leaf_sums(units * products, H), leaf_sums(products.square(), H)
+        pieces.append(Runs(ritz.eigenvalues, ritz.eigenvectors[:, 0].square(), shares, squares))
     return _joined(pieces)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hessfunc._deflation import extend_basis, inner, leaf_sums, products_of, project_off
+from hessfunc._deflation import extend_basis, inner, known_shares, leaf_sums, products_of, project_off
 from hessfunc._estimate import Estimate
 from hessfunc._leave_one_out import nystrom_values, xtrace_values
 from hessfunc._operators import Operator
@@ -69,8 +69,8 @@ class HutchPlusPlus(Sketch):
     def grow(self, count: int) -> None:
         rows, products = self.widen((count + 1) // 2 - self.num_seen)
         self.num_seen = (count + 1) // 2
+        self.leaf_traces = self.leaf_traces + known_shares(self.basis, rows, products, self.H)
         self.basis = torch.cat([self.basis, rows])
-        self.leaf_traces = self.leaf_traces + leaf_sums(rows * products, self.H).sum(0)
         across = inner(self.rest, rows)
         rest, rest_products = self.rest - across @ rows, self.rest_products - across @ products
         probes = self.draw(count // 2 - len(rest))
@@ -85,17 +85,19 @@ class HutchPlusPlus(Sketch):
         return rows, self.multiply(rows)
 
     def estimate(self) -> Estimate:
-        leaf_samples = self.leaf_traces + leaf_sums(self.rest * self.rest_products, self.H)
+        law, found = ProbeLaw(self.sampler, self.H), []
+        parts = (x.split(self.chunk) for x in (self.rest, self.shares, self.rest_products))
+        for rest, shares, products in zip(*parts, strict=True):
+            probes, outside = rest + shares @ self.basis, project_off(self.basis, products)
+            found.append(leaf_sums(probes * outside, self.H))
+            law.add(probes, outside)
+        leaf_samples = self.leaf_traces + torch.cat(found)
         plain = Estimate.of(
             leaf_samples.sum(1),
             num_matvecs=self.num_matvecs,
             leaf_samples=leaf_samples,
             leaf_names=self.H.layout.names,
         )
-        law = ProbeLaw(self.sampler)
-        parts = (x.split(self.chunk) for x in (self.rest, self.shares, self.rest_products))
-        for rest, shares, products in zip(*parts, strict=True):
-            law.add(rest + shares @ self.basis, project_off(self.basis, products))
         return law.applied(plain)
 
 

@@ -185,6 +185,8 @@ def _arrays(report: Report) -> dict[str, np.ndarray]:
         "trace_stderr": trace.stderr,
         "trace_samples": trace.samples,
         "trace_leaf_samples": trace.leaf_samples,
+        "trace_leaf_stderr": trace.leaf_stderr,
+        "trace_leaf_dof": trace.leaf_dof,
         "nodes": quadrature.nodes,
         "weights": quadrature.weights,
         "density_grid": density.grid,
@@ -217,7 +219,9 @@ def _restored(document: dict[str, Any], archives: dict[str, dict[str, np.ndarray
             num_matvecs=document["trace"]["num_matvecs"],
             leaf_samples=arrays["trace_leaf_samples"],
             leaf_names=tuple(leaves),
-            dof=document["trace"].get("dof"),  # reports from before it was kept
+            dof=document["trace"].get("dof"),  # reports from before it was kept, as these two
+            leaf_stderr=arrays.get("trace_leaf_stderr"),
+            leaf_dof=arrays.get("trace_leaf_dof"),
         ),
         quadrature=Quadrature(
             nodes=arrays["nodes"],

@@ -5,7 +5,7 @@ or less often than that, the row says how often, and why.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +14,7 @@ from helpers import F64, seeded, symmetric
 from scipy import stats
 
 import hessfunc as hf
-from hessfunc import tree
+from hessfunc import _probes, tree
 
 SEEDS = 400
 BAND = (0.92, 0.98)
@@ -182,8 +182,22 @@ METHODS: dict[str, Callable[[str, int], torch.Tensor]] = {
     "hutchpp, by leaf": by_leaf(hf.hutchpp),
     "xtrace": scalar(hf.xtrace, chunk_size=100),
     "xnystrace": scalar(hf.xnystrace, chunk_size=100),
+    "hutchinson of normal probes, by leaf": by_leaf(partial(hf.hutchinson, sampler=_probes.normal)),
+    "hutchinson on the sphere, by leaf": by_leaf(partial(hf.hutchinson, sampler=_probes.sphere)),
+    "hutchinson, deflated, by leaf": over_seeds(
+        lambda s, k, g: held_leaves(
+            hf.hutchinson(operator(s), num_probes=k, deflate=pairs(s), generator=g), matrix(s).diagonal()
+        )
+    ),
     "diagonal": over_seeds(lambda s, k, g: held_entries(hf.diagonal(operator(s), num_probes=k, generator=g), s, k)),
     "xdiag": over_seeds(lambda s, k, g: held_entries(hf.xdiag(operator(s), num_probes=k, generator=g), s, k)),
+    "diagonal, trace": scalar(lambda H, **options: hf.diagonal(H, **options).trace),
+    "diagonal, trace by leaf": by_leaf(lambda H, **options: hf.diagonal(H, **options).trace),
+    "diagonal, squared norm": scalar(lambda H, **options: hf.diagonal(H, **options).frobenius_squared, frobenius),
+    "xdiag, trace": scalar(lambda H, **options: hf.xdiag(H, **options).trace),
+    "xdiag, squared norm": scalar(lambda H, **options: hf.xdiag(H, **options).frobenius_squared, frobenius),
+    "frobenius_squared of normal probes": scalar(partial(hf.frobenius_squared, sampler=_probes.normal), frobenius),
+    "frobenius_squared on the sphere": scalar(partial(hf.frobenius_squared, sampler=_probes.sphere), frobenius),
     "frobenius_squared": scalar(hf.frobenius_squared, frobenius),
     "frobenius_squared, by leaf": by_leaf(hf.frobenius_squared, lambda s: matrix(s).square().sum(1)),
     "slq, trace": plain(hf.Quadrature.trace, trace),
@@ -230,6 +244,7 @@ QUICK = [
     *(Row("slq, second moment", spectrum, k) for spectrum in ("outliers", "one") for k in (4, 12, 40)),
     *(Row(name, "outliers", 12) for name in ("slq, exp(-H)", "slq, density")),
     *(Row("hutchinson", spectrum, k) for spectrum in ("fast", "one") for k in (4, 12)),
+    *(Row(name, "one", 12) for name in ("hutchinson, by leaf", "frobenius_squared", "diagonal, trace")),
 ]
 
 
@@ -251,12 +266,12 @@ STEEP = (0.92, 0.995)
 SKETCHES = {("xtrace", "outliers", 4): EDGE, ("xtrace", "fast", 4): EDGE, ("xtrace", "faster", 4): EDGE} | {
     (name, "step", k): EDGE for name in ("xtrace", "xnystrace") for k in (4, 8, 12)
 }
-# Spreads of a dozen samples of a few large eigenvalues, each a chi-squared of one degree of freedom; where the law of
-# the probes is known it tells more.
-SKEWED = (0.83, 0.98)
 # Four to six samples: the degrees of freedom of the law's error are those of the worst case.
 FEW = (0.92, 0.995)
-HALF_SKEWED = (0.88, 0.98)
+# The variance of a leaf's share is known up to a factor between 1 and 2: up to 1.2 times too large an error.
+LEAVES = (0.92, 0.99)
+# Fourth moments of the spectrum from seven pairs of probes, where few large eigenvalues make up most of them.
+PAIRS = (0.90, 0.99)
 
 SLOW = [
     *(
@@ -274,10 +289,32 @@ SLOW = [
     *(Row("xdiag", spectrum, k) for spectrum in SPECTRA for k in (5, 10, 20)),
     *(Row("diagonal", spectrum, k) for spectrum in SPECTRA for k in (12, 40)),
     *(Row("hutchinson", spectrum, k, FEW if k == 4 else BAND) for spectrum in SPECTRA for k in (4, 8, 12, 40)),
+    *(Row("hutchinson, by leaf", spectrum, k, FEW if k == 4 else LEAVES) for spectrum in SPECTRA for k in (4, 12, 40)),
     *(
-        Row("frobenius_squared", spectrum, k, BAND if spectrum in ("outliers", "flat") else SKEWED)
+        Row(f"hutchinson{kind}, by leaf", spectrum, 12, LEAVES)
+        for kind in (" of normal probes", " on the sphere", ", deflated")
         for spectrum in SPECTRA
+    ),
+    *(
+        Row(name, spectrum, 12)
+        for name in (
+            *("xdiag, trace", "xdiag, squared norm"),
+            *("frobenius_squared of normal probes", "frobenius_squared on the sphere"),
+        )
+        for spectrum in SPECTRA
+    ),
+    # The probes and laws of hutchinson and frobenius_squared
+    *(
+        Row(name, spectrum, k)
+        for name in ("diagonal, trace", "diagonal, trace by leaf", "diagonal, squared norm")
+        for spectrum in ("outliers", "one")
         for k in (12, 40)
+    ),
+    *(
+        Row(name, spectrum, k, PAIRS if k == 8 else BAND)
+        for name in ("frobenius_squared", "frobenius_squared, by leaf")
+        for spectrum in SPECTRA
+        for k in (8, 12, 40)
     ),
     *(Row("hutchinson, deflated", spectrum, k, FEW if k == 4 else BAND) for spectrum in SPECTRA for k in (4, 12, 24)),
     *(
@@ -286,17 +323,23 @@ SLOW = [
         for spectrum in SPECTRA
         for k in (8, 12, 24)
     ),
-    *(Row(name, "outliers", 24) for name in ("hutchpp, by leaf", "deflated, by leaf", "frobenius_squared, by leaf")),
+    *(
+        Row(name, spectrum, k, FEW if k < 24 else LEAVES)
+        for name in ("hutchpp, by leaf", "deflated, by leaf")
+        for spectrum in SPECTRA
+        for k in (12, 24)
+    ),
     # A tolerance stops where the error happens to look small.
     Row("hutchinson, to a tolerance", "outliers", 12, (0.90, 0.98)),
     *(
         Row(name, spectrum, 12)
-        for name in ("slq, exact outliers, trace", "slq, exact outliers, second moment", "krylov, by leaf")
+        for name in ("slq, exact outliers, trace", "slq, exact outliers, second moment")
         for spectrum in ("outliers", "flat")
     ),
+    *(Row("krylov, by leaf", spectrum, 12, LEAVES) for spectrum in SPECTRA),
     Row("block_spectra", "outliers", 12),
     Row("sharpness", "outliers", 12),
-    Row("stable_rank", "outliers", 40, HALF_SKEWED),
+    *(Row("stable_rank", "outliers", k) for k in (12, 40)),
 ]
 
 

@@ -80,6 +80,17 @@ def test_leaves_of_an_exact_value_are_exact():
     assert [part.interval() for part in estimate.per_leaf.values()] == [(2.0, 2.0), (3.0, 3.0)]
 
 
+def test_leaves_may_have_errors_and_degrees_of_freedom_of_the_methods_own():
+    leaves = torch.randn(6, 2, generator=seeded(2))
+    plain = Estimate.of(leaves.sum(1), num_matvecs=6, leaf_samples=leaves, leaf_names=["a", "b"])
+    own = {"leaf_stderr": torch.tensor([0.5, 2.0], dtype=F64), "leaf_dof": torch.tensor([3.0, 30.0], dtype=F64)}
+    for factor in (1.0, -2.0):
+        parts = dataclasses.replace(plain, **own).scaled(factor).per_leaf
+        assert float(parts["a"].half_width()) == pytest.approx(0.5 * abs(factor) * stats.t.ppf(0.975, 3))
+        assert float(parts["b"].half_width()) == pytest.approx(2.0 * abs(factor) * stats.t.ppf(0.975, 30))
+        assert float(parts["a"]) == pytest.approx(factor * float(leaves[:, 0].mean()), rel=1e-6)
+
+
 def test_without_leaf_samples_per_leaf_says_where_they_are_kept():
     with pytest.raises(ValueError, match=r"no leaf_samples; those of hessfunc.hutchinson and hessfunc.hutchpp do"):
         _ = Estimate.of(SAMPLES, num_matvecs=4).per_leaf

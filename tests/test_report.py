@@ -48,6 +48,17 @@ def assert_equal(loaded, report, *, with_vectors=False):
         assert getattr(loaded, name) == getattr(report, name), name
 
 
+def test_round_trip_keeps_the_errors_of_leaves(tmp_path):
+    report = example_report(dimensions=0)
+    count = len(report.leaf_shapes)
+    errors = {"leaf_stderr": torch.linspace(1, 2, count).double(), "leaf_dof": torch.linspace(5, 9, count).double()}
+    report = dataclasses.replace(report, trace=dataclasses.replace(report.trace, **errors))
+    loaded = load_report(report.save(tmp_path / "report")).trace.per_leaf
+    for name, part in report.trace.per_leaf.items():
+        assert loaded[name].interval() == part.interval()
+    assert [float(part.stderr) for part in loaded.values()] == errors["leaf_stderr"].tolist()
+
+
 @pytest.mark.parametrize("eigenvectors", [False, True])
 @pytest.mark.parametrize("dimensions", [0, 1, 2])
 def test_round_trip_keeps_every_field(tmp_path, dimensions, eigenvectors):
