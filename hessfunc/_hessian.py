@@ -7,8 +7,8 @@ from typing import Any
 
 from hessfunc._batched import over_batches
 from hessfunc._operators import Operator
-from hessfunc._products import hvp, hvp_double_backward, hvp_unchecked
-from hessfunc._traced import Product
+from hessfunc._products import hvp, hvp_double_backward, hvp_reverse_over_forward, hvp_unchecked
+from hessfunc._rules import Product, Rule
 from hessfunc._typing import Batch, Loss, Params
 
 
@@ -19,7 +19,7 @@ def hessian(
     *,
     reduction: str = "mean",
     count: Callable[[Batch], float] | None = None,
-    product: Product = hvp,
+    product: Product | None = None,
     chunk_size: int | None = None,
     linearize: bool = True,
     memory_budget: int | None = None,
@@ -83,8 +83,13 @@ def hessian(
         >>> whole(torch.ones(2)), batched(torch.ones(2))
         (tensor([0.3333, 1.3333]), tensor([0.3333, 1.3333]))
     """
+    by_default = Rule(hvp_unchecked, lighter=hvp_reverse_over_forward)
+    if product is None:
+        rules = [by_default, Rule(hvp_reverse_over_forward), Rule(hvp_double_backward, vmappable=False)]
+    else:
+        rules = [by_default if product is hvp else Rule(product, vmappable=product is not hvp_double_backward)]
     return over_batches(
-        hvp_unchecked if product is hvp else product,
+        rules,
         loss,
         params,
         data,
@@ -96,5 +101,4 @@ def hessian(
         memory_budget=memory_budget,
         compile=compile,
         check=check,
-        vmappable=product is not hvp_double_backward,
     )
