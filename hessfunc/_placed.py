@@ -18,7 +18,7 @@ _aten = torch.ops.aten
 _INTO = {_aten.mm.default: _aten.mm.out}
 """Operations that write to memory that they are given as well as to their own."""
 
-_WORTH = 1 << 20
+_WORTH = 1 << 19
 """Bytes to be saved: a small network's time is spent on the number of operations."""
 
 

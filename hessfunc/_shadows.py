@@ -22,8 +22,8 @@ class Shadow(torch.Tensor):
 
     @staticmethod
     def __new__(cls, meta: Tensor, device: torch.device) -> Shadow:
-        keys = {"_extra_dispatch_keys": DispatchKeySet(DispatchKey.ZeroTensor)} if meta._is_zerotensor() else {}
-        shadow: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        keys: Any = {"_extra_dispatch_keys": DispatchKeySet(DispatchKey.ZeroTensor)} if meta._is_zerotensor() else {}
+        shadow: Any = torch.Tensor._make_wrapper_subclass(
             cls,
             meta.shape,
             strides=meta.stride(),
@@ -43,7 +43,9 @@ class Shadow(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own is not declared as a class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Reached by what was carried out of the function only."""
         raise ShadowError(f"{func} meets a tensor without numbers, which was made while the loss was being recorded")
 

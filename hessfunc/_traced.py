@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from hessfunc import _probes, tree
+from hessfunc import tree
 from hessfunc._agreement import Summary
 from hessfunc._checks import ProductWarning
-from hessfunc._compat import evaluated
 from hessfunc._kept import Kept, Way, available_memory
 from hessfunc._linearize import Linearized, replayed
 from hessfunc._recorder import NotRecordableError
-from hessfunc._rules import Product, Programs
+from hessfunc._rules import Programs, Rule
 from hessfunc._shadows import Shadow, ShadowError
+from hessfunc._trial import Point, Trial
 from hessfunc._typing import Loss, Params, Tensor
 
 MAX_LANES = 8
@@ -27,9 +26,6 @@ LANE_ELEMENTS, CPU_LANE_ELEMENTS = 1 << 20, 1 << 18
 """Lanes of one operation hold about this many numbers at most: beyond that batching saves no overhead any more, and on
 the CPU what does not fit into the cache costs more than it saves."""
 
-
-OUTWEIGHED = 10
-"""What does not depend on the vector takes this many times the memory of the parameters where they are outweighed."""
 
 PATIENCE = 4
 """How often a number of lanes is asked for before it gets a program of its own, which takes as long to make as tens of
@@ -63,18 +59,14 @@ class TracedProduct:
         image: tree.Layout | None = None,
     ) -> None:
         self._loss = loss
-        self._layout = tree.Layout.of(params)
-        self._domain = domain or self._layout
-        self._image = image or self._layout
-        self._params, self._spec = tree.flatten(params)
+        self._point = Point.of(params, domain, image)
+        layout = self._point.domain
         self._compile = compile
         self._max_lanes = max_lanes
-        self._budget = available_memory(self._layout.device) // 4 if memory_budget is None else memory_budget
+        self._budget = available_memory(layout.device) // 4 if memory_budget is None else memory_budget
         self._most_shared = float("inf") if memory_budget is None else memory_budget
-        self._bytes = sum(leaf.numel() * leaf.element_size() for leaf in self._params)
-        self._frugal = self._most_shared < self._bytes
+        self._frugal = self._most_shared < layout.size * layout.dtype.itemsize  # not one vector
         self._programs = programs
-        self._strides = tuple(leaf.stride() for leaf in self._params)
         self._kept: dict[int, Kept] = {}
         self._lock = threading.RLock()  # several threads may share an operator, one product at a time
 
@@ -90,53 +82,45 @@ class TracedProduct:
                 self._programs.by_a_rule_that_works(partial(self._prepare, batch, position, keep))
 
     def _prepare(self, batch: tuple[Any, ...], position: int, keep: bool) -> None:
-        traceable = self._traceable(batch)
-        if traceable is not None and (traceable.signature, 1) not in self._programs.traced:
-            like = torch.empty(1, self._domain.size, dtype=self._domain.dtype, device="meta")
-            self._trace(traceable, Shadow(like, self._domain.device), Way(position, keep, alone=True, shared={}))
+        trial = self._trial(batch)
+        signature = trial.signature
+        if not (self._programs.eager or signature is None or (signature, 1) in self._programs.traced):
+            layout = self._point.domain
+            rows = Shadow(torch.empty(1, layout.size, dtype=layout.dtype, device="meta"), layout.device)
+            self._trace(trial, signature, rows, Way(position, keep, alone=True, shared={}))
 
     def _locked_rows(self, rows: Tensor, batch: tuple[Any, ...], position: int, *, keep: bool) -> Tensor:
-        traceable = self._traceable(batch)
-        if traceable is None:
-            return self._run_eagerly(rows, batch)
+        trial = self._trial(batch)
+        signature = trial.signature
+        if self._programs.eager or signature is None:
+            return self._run_eagerly(trial, rows)
         results: list[Tensor] = []
-        pieces = self._lanes(traceable.signature, rows.shape[0])
+        pieces = self._lanes(signature, rows.shape[0])
         way = Way(position, keep, alone=len(pieces) == 1, shared={})
         for lanes in pieces:
             start = sum(map(len, results))
             piece = rows[start : start + lanes]
-            program = self._programs.traced.get((traceable.signature, lanes))
+            program = self._programs.traced.get((signature, lanes))
             result = None
             if program is None:
-                program, result = self._trace(traceable, piece, way)
+                program, result = self._trace(trial, signature, piece, way)
             if program is not None and result is None:
-                result = self._apply(program, traceable, piece, way)
+                result = self._apply(program, trial, piece, way)
             if result is None:
-                return self._run_eagerly(rows, batch)
+                return self._run_eagerly(trial, rows)
             results.append(result)
         return torch.cat(results) if len(results) > 1 else results[0]
 
-    def _traceable(self, batch: tuple[Any, ...]) -> _Traceable | None:
-        leaves, spec = tree.flatten(batch)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        shapes = _signature(leaves, spec)
-        if self._programs.eager or shapes is None:
-            return None
+    def _trial(self, batch: tuple[Any, ...]) -> Trial:
+        return Trial(self._programs.rule, self._loss, self._point, batch)
 
-        def function(*inputs: Tensor) -> Tensor:
-            given = iter(inputs[len(self._params) : -1])
-            whole = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-            params = tree.unflatten(inputs[: len(self._params)], self._spec)
-            return self._eager_rows(inputs[-1], tree.unflatten(whole, spec), params)
-
-        return _Traceable(batch, (shapes, self._strides), function, [*self._params, *tensors])
-
-    def _apply(self, program: Linearized, traceable: _Traceable, rows: Tensor, way: Way) -> Tensor | None:
-        primals = traceable.primals
+    def _apply(self, program: Linearized, trial: Trial, rows: Tensor, way: Way) -> Tensor | None:
+        primals = trial.primals
         in_one = self._in_one(program, primals, way)
         if in_one not in program.checked:
-            eager = Summary.of(traceable.function(*primals, rows))
-            result = replayed(traceable.function, primals, lambda: rows, program, eager, in_one=in_one)
+            result = replayed(
+                trial.function, primals, lambda: rows, program, Summary.of(trial.rows(rows)), in_one=in_one
+            )
             if result is None:
                 self._give_up("the replayed product differs from the eager one")
             return result
@@ -164,7 +148,7 @@ class TracedProduct:
         limit = MAX_LANES if self._max_lanes is None else self._max_lanes
         if self._max_lanes is None:
             # Convolutions with a kernel per lane become grouped ones, which are slower than one after the other.
-            elements = CPU_LANE_ELEMENTS if self._layout.device.type == "cpu" else LANE_ELEMENTS
+            elements = CPU_LANE_ELEMENTS if self._point.domain.device.type == "cpu" else LANE_ELEMENTS
             limit = 1 if single.convolves else min(limit, int(elements / single.mean_elements) or 1)
         largest = 1 << (limit.bit_length() - 1)
         pieces = [largest] * (wanted // largest)
@@ -175,80 +159,45 @@ class TracedProduct:
         known = {lanes: lanes == 1 or requests[signature, lanes] > PATIENCE for lanes in set(pieces)}
         return [part for lanes in pieces for part in ([lanes] if known[lanes] else [1] * lanes)]
 
-    def _trace(self, traceable: _Traceable, rows: Tensor, way: Way) -> tuple[Linearized | None, Tensor | None]:
+    def _trace(
+        self, trial: Trial, signature: Hashable, rows: Tensor, way: Way
+    ) -> tuple[Linearized | None, Tensor | None]:
         """A program that was compared with the function, and the product with ``rows`` if it was compared on that."""
-        rule, primals = self._programs.rule, traceable.primals
-        probe = partial(self._probe, rows.shape[0]) if self._frugal else lambda: rows
-        # On the tape a loss could read numbers unseen, by way of NumPy; a shadow has none to read.
-        attempts = [(True, True)] * (self._frugal or not rule.vmappable)
-        attempts += [(False, True), (False, False)] if rule.vmappable else [(True, False)]
+        num, primals = rows.shape[0], trial.primals
+        probe = partial(trial.probe, num) if self._frugal else lambda: rows
         reason = "the replayed product differs from the eager one"
-        for on_shadows, rewrite in attempts:
+        for on_shadows, rewrite in self._attempts(trial.rule):
+            options = {"on_shadows": on_shadows, "rewrite": rewrite, "compile": self._compile}
             try:
-                program, reference = self._recorded(traceable, rows, probe, on_shadows=on_shadows, rewrite=rewrite)
-            except NotRecordableError as error:
+                program, eager = trial.recorded(rows, probe, **options)
+            except (NotRecordableError, ShadowError) as error:
                 reason = str(error)
+                if on_shadows and trial.rule.vmappable and isinstance(error, ShadowError):
+                    continue
                 break
-            except ShadowError as error:
-                reason = str(error)
-                continue
             if program.random:
-                self._check_repeats(traceable, probe, program)
+                trial.check_repeats(program, probe)
                 reason = "the loss draws random numbers"
                 break
             in_one = self._in_one(program, primals, way)
             try:
-                result = replayed(traceable.function, primals, probe, program, reference, in_one=in_one)
+                result = replayed(trial.function, primals, probe, program, eager, in_one=in_one)
             except RuntimeError:
                 if not rewrite:
                     raise
                 continue
             if result is not None:
-                self._programs.traced[traceable.signature, rows.shape[0]] = program
+                self._programs.traced[signature, num] = program
                 return program, None if self._frugal else result  # as all products after it
         self._give_up(reason)
         return None, None
 
-    def _recorded(
-        self, traceable: _Traceable, rows: Tensor, probe: Callable[[], Tensor], *, on_shadows: bool, rewrite: bool
-    ) -> tuple[Linearized, Summary]:
-        """A program for rows like these, and the eager product with ``probe()`` to compare it with."""
-        function, primals, lighter = traceable.function, traceable.primals, self._programs.rule.lighter
-        record = partial(Linearized, function, primals, compile=self._compile, rewrite=rewrite, on_shadows=on_shadows)
-        if not on_shadows:
-            program = record(probe())
-            return program, Summary.of(program.take_result())
-        # Something runs in earnest first: what a loss makes at its first run and keeps shall have numbers.
-        if lighter is None:
-            reference = Summary.of(function(*primals, probe()))
-            return record(rows), reference
-        evaluated(self._loss, tree.unflatten(self._params, self._spec), *traceable.batch)
-        program = record(rows)
-        if rows.shape[0] == 1 and program.residual_bytes < OUTWEIGHED * self._bytes:
-            with contextlib.suppress(NotImplementedError):
-                return program, Summary.of(self._product_by(lighter, traceable.batch, probe))
-        return program, Summary.of(function(*primals, probe()))
-
-    def _product_by(self, product: Product, batch: tuple[Any, ...], probe: Callable[[], Tensor]) -> Tensor:
-        # Forward mode would copy views of a flat vector, and does not copy these.
-        v = tree.map_leaves(torch.clone, self._domain.unravel(probe()[0]))
-        result = product(self._loss, tree.unflatten(self._params, self._spec), v, *batch)
-        del v
-        return self._image.ravel(result)
-
-    def _probe(self, num: int) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        layout = self._domain
-        return _probes.normal(num, layout.size, generator=generator, dtype=layout.dtype, device=layout.device)
-
-    def _check_repeats(self, traceable: _Traceable, probe: Callable[[], Tensor], program: Linearized) -> None:
-        first, second = (traceable.function(*traceable.primals, probe()) for _ in range(2))
-        if not torch.equal(first, second):
-            raise ValueError(
-                "the loss is not deterministic: two products with the same vector differ, and it draws random "
-                f"numbers ({', '.join(sorted(set(program.random)))}). Call model.eval() if that is dropout, or fix "
-                "the randomness inside the loss; a Hessian that changes between products has no eigenvalues."
-            )
+    def _attempts(self, rule: Rule) -> list[tuple[bool, bool]]:
+        """Whether to record on shadows and whether to rewrite the recording, one after the other."""
+        if not rule.vmappable:
+            # On the tape a loss could read numbers unseen, by way of NumPy; a shadow has none to read.
+            return [(True, True), (True, False)]
+        return [(True, True)] * self._frugal + [(False, True), (False, False)]
 
     def _give_up(self, reason: str) -> None:
         self._programs.eager = True
@@ -276,48 +225,5 @@ class TracedProduct:
         way.shared[program] = residuals
         return residuals
 
-    def _run_eagerly(self, rows: Tensor, batch: tuple[Any, ...]) -> Tensor:
-        params = tree.unflatten(self._params, self._spec)
-        pieces = rows.split(self._max_lanes or MAX_LANES)
-        return torch.cat([self._eager_rows(piece, batch, params) for piece in pieces])
-
-    def _eager_rows(self, rows: Tensor, batch: tuple[Any, ...], params: Params) -> Tensor:
-        rule = self._programs.rule
-
-        def single(row: Tensor) -> Tensor:
-            return self._image.ravel(rule.product(self._loss, params, self._domain.unravel(row), *batch))
-
-        if rows.shape[0] == 1:
-            return single(rows[0]).unsqueeze(0).contiguous()
-        if not rule.vmappable:
-            return torch.stack([single(row) for row in rows])
-        return torch.func.vmap(single, randomness="same")(rows)
-
-
-class _Traceable(NamedTuple):
-    """A product on a batch as a function of tensors.
-
-    Attributes:
-        batch: the batch.
-        signature: equal for batches that one program serves.
-        function: ``function(*primals, rows)``.
-        primals: the parameters' leaves and the batch's tensors.
-    """
-
-    batch: tuple[Any, ...]
-    signature: Hashable
-    function: Callable[..., Tensor]
-    primals: list[Tensor]
-
-
-def _signature(leaves: list[Any], spec: Any) -> Hashable | None:
-    """What a traced program depends on besides the values of tensors; None if that cannot be compared."""
-    parts: list[Hashable] = [str(spec)]
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor):
-            parts.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
-        elif isinstance(leaf, int | float | bool | str | type(None)):
-            parts.append((type(leaf), leaf))
-        else:
-            return None
-    return tuple(parts)
+    def _run_eagerly(self, trial: Trial, rows: Tensor) -> Tensor:
+        return torch.cat([trial.rows(piece) for piece in rows.split(self._max_lanes or MAX_LANES)])
