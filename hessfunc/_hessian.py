@@ -7,7 +7,7 @@ from typing import Any
 
 from hessfunc._batched import over_batches
 from hessfunc._operators import Operator
-from hessfunc._products import hvp, hvp_double_backward, hvp_reverse_over_forward, hvp_unchecked
+from hessfunc._products import hvp, hvp_double_backward, hvp_drawn, hvp_reverse_over_forward, hvp_unchecked
 from hessfunc._rules import Product, Rule
 from hessfunc._typing import Batch, Loss, Params
 
@@ -83,7 +83,7 @@ def hessian(
         >>> whole(torch.ones(2)), batched(torch.ones(2))
         (tensor([0.3333, 1.3333]), tensor([0.3333, 1.3333]))
     """
-    by_default = Rule(hvp_unchecked, lighter=hvp_reverse_over_forward)
+    by_default = Rule(hvp_unchecked, lighter=hvp_drawn)
     if product is None:
         rules = [by_default, Rule(hvp_reverse_over_forward), Rule(hvp_double_backward, vmappable=False)]
     else:

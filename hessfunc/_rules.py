@@ -24,7 +24,8 @@ class Rule(NamedTuple):
     Attributes:
         product: the product.
         vmappable: whether it runs under ``vmap``; if not, it works on torch's own tape.
-        lighter: another way to the same numbers, in less memory where parameters outweigh activations.
+        lighter: ``lighter(loss, params, draw, *batch)`` gives the product with the vector ``draw()`` in another way, in
+            less memory where parameters outweigh activations.
     """
 
     product: Product

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from hessfunc import _probes, tree
 from hessfunc._agreement import Summary
 from hessfunc._compat import evaluated
 from hessfunc._linearize import Linearized
-from hessfunc._rules import Product, Rule
+from hessfunc._rules import Rule
 from hessfunc._typing import Loss, Params, Tensor
 
 OUTWEIGHED = 10
@@ -107,15 +108,13 @@ class Trial:
         weight = sum(leaf.numel() * leaf.element_size() for leaf in self._point.leaves)
         if rows.shape[0] == 1 and program.residual_bytes < OUTWEIGHED * weight:
             with contextlib.suppress(NotImplementedError):
-                return program, Summary.of(self._lighter(self.rule.lighter, params, batch, probe))
+                product = self.rule.lighter(self._loss, params, partial(self._drawn, probe), *batch)
+                return program, Summary.of(self._point.image.ravel(product))
         return program, Summary.of(self.rows(probe()))
 
-    def _lighter(self, product: Product, params: Params, batch: Any, probe: Callable[[], Tensor]) -> Tensor:
+    def _drawn(self, probe: Callable[[], Tensor]) -> Params:
         # Forward mode would copy views of a flat vector, and does not copy these.
-        v = tree.map_leaves(torch.clone, self._point.domain.unravel(probe()[0]))
-        result = product(self._loss, params, v, *batch)
-        del v
-        return self._point.image.ravel(result)
+        return tree.map_leaves(torch.clone, self._point.domain.unravel(probe()[0]))
 
     def check_repeats(self, program: Linearized, probe: Callable[[], Tensor]) -> None:
         """Raise a ``ValueError`` if two products with one vector differ."""
