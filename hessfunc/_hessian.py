@@ -46,7 +46,9 @@ def hessian(
         reduction: ``"mean"`` or ``"sum"``: how ``loss`` reduces over a batch.
         count: what a batch weighs under ``"mean"``, for instance the number of tokens that count; by default the
             length of the leading axis its tensors share.
-        product: the product to use: ``hessfunc.hvp``, ``hvp_reverse_over_forward`` or ``hvp_double_backward``.
+        product: the product to use: ``hessfunc.hvp``, ``hvp_reverse_over_forward`` or ``hvp_double_backward``. The
+            default is the first, and another of them after a ``ProductWarning`` where the loss uses an operation that
+            lacks a derivative for it; one that is given here is the only one.
         chunk_size: largest number of vectors to push through one batch together; by default at most 8, and fewer
             where operations are large enough not to gain, or are convolutions, which lose.
         linearize: trace the product once for each shape of batch and evaluate what does not depend on the vector once
@@ -85,7 +87,8 @@ def hessian(
     """
     by_default = Rule(hvp_unchecked, lighter=hvp_drawn)
     if product is None:
-        rules = [by_default, Rule(hvp_reverse_over_forward), Rule(hvp_double_backward, vmappable=False)]
+        others = (Rule(other, vmappable=False) for other in (hvp_reverse_over_forward, hvp_double_backward))
+        rules = [by_default, *others]
     else:
         rules = [by_default if product is hvp else Rule(product, vmappable=product is not hvp_double_backward)]
     return over_batches(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import warnings
 from collections.abc import Callable, Hashable
@@ -23,7 +22,7 @@ class Rule(NamedTuple):
 
     Attributes:
         product: the product.
-        vmappable: whether it runs under ``vmap``; if not, it works on torch's own tape.
+        vmappable: whether it runs under ``vmap``, as no custom function and nothing on torch's own tape need do.
         lighter: ``lighter(loss, params, draw, *batch)`` gives the product with the vector ``draw()`` in another way, in
             less memory where parameters outweigh activations.
     """
@@ -52,6 +51,9 @@ class Programs:
     def by_a_rule_that_works(self, compute: Callable[[], _T]) -> _T:
         """``compute()`` under the first rule that it raises no ``NotImplementedError`` with, which stays the rule.
 
+        Raises:
+            NotImplementedError: under none; that of the last rule, which the others' may name as the way out.
+
         Warns:
             ProductWarning: it is another rule than before.
         """
@@ -60,16 +62,18 @@ class Programs:
         except NotImplementedError as error:
             if not self._others:
                 raise
-            before = self.rule, self.eager
+            before, last = (self.rule, self.eager), error
             for rule in self._others:
                 self.rule, self.eager = rule, before[1]
                 self.traced.clear()
-                with contextlib.suppress(NotImplementedError):
+                try:
                     result = compute()
                     break
+                except NotImplementedError as another:
+                    last = another
             else:
                 self.rule, self.eager = before
-                raise
+                raise last from error
             self._others = ()
             problem, name = re.split(r"[.;] ", str(error))[0], f"hessfunc.{rule.product.__name__}"
         warnings.warn(

@@ -195,7 +195,7 @@ class TracedProduct:
     def _attempts(self, rule: Rule) -> list[tuple[bool, bool]]:
         """Whether to record on shadows and whether to rewrite the recording, one after the other."""
         if not rule.vmappable:
-            # On the tape a loss could read numbers unseen, by way of NumPy; a shadow has none to read.
+            # A custom function could read numbers unseen, by way of NumPy; a shadow has none to read.
             return [(True, True), (True, False)]
         return [(True, True)] * self._frugal + [(False, True), (False, False)]
 
