@@ -9,7 +9,8 @@ import torch
 from hessfunc import _probes
 from hessfunc._typing import Tensor
 
-PARTS = 1024
+PARTS, LEAST = 1024, 16
+"""How many sums are kept of a vector, unless that would be of fewer than ``LEAST`` entries each."""
 
 
 class Summary(NamedTuple):
@@ -17,7 +18,7 @@ class Summary(NamedTuple):
 
     Attributes:
         norm: its length, not finite if it is not.
-        sums: of random combinations of its entries, part by part: those of a difference are on average as long as the
+        sums: of its entries with random signs, part by part: those of a difference are on average as long as the
             difference, to a few per cent (a sketch after Johnson and Lindenstrauss 1984).
     """
 
@@ -29,11 +30,13 @@ class Summary(NamedTuple):
         """Sum up an array of any shape; the same combinations for all of one size."""
         flat = vector.reshape(-1)
         width = flat.numel() // PARTS
-        whole = PARTS * width
+        norm = torch.linalg.vector_norm(flat)
+        if width < LEAST:
+            return cls(norm, flat.clone())
         generator = torch.Generator().manual_seed(0)
-        factors = _probes.normal(1, width, generator=generator, dtype=flat.dtype, device=flat.device)[0]
-        sums = torch.cat([flat[:whole].view(PARTS, width) @ factors, flat[whole:]]) if width > 1 else flat.clone()
-        return cls(torch.linalg.vector_norm(flat), sums)
+        signs = _probes.signs(1, width, generator=generator, dtype=flat.dtype, device=flat.device)[0]
+        whole = PARTS * width
+        return cls(norm, torch.cat([flat[:whole].view(PARTS, width) @ signs, flat[whole:]]))
 
     def agrees(self, other: Summary, tolerance: float) -> bool:
         """Whether the difference is within ``tolerance``, relative to the other."""

@@ -86,6 +86,8 @@ class Shadows:
             return shadows[id(value)] if id(value) in shadows else Shadow(value, device)
 
         given = mapped(without_memory, args)
+        if func.namespace == "prims":
+            given = _with_scalars(given)
         keywords = {name: mapped(without_memory, value) for name, value in kwargs.items()}
         result = self._result(func, given, keywords)
         if any(shadow.shape != meta.shape for shadow in shadows.values() for meta in (shadow.meta,)):
@@ -104,6 +106,18 @@ class Shadows:
                 return result
             self._known[key] = result
         return mapped(lambda leaf: _meta(leaf) if isinstance(leaf, torch.Tensor) else leaf, self._known[key])
+
+
+def _with_scalars(values: Any) -> Any:
+    # They take numbers in tensors next to larger tensors from the CPU only.
+    if all(not isinstance(value, torch.Tensor) or value.dim() == 0 for value in leaves(values)):
+        return values
+
+    def with_scalar(value: Any) -> Any:
+        scalar = isinstance(value, torch.Tensor) and value.dim() == 0
+        return torch.zeros((), dtype=value.dtype) if scalar else value
+
+    return mapped(with_scalar, values)
 
 
 def mapped(function: Callable[[Any], Any], value: Any, kind: Callable[[list[Any]], Any] | None = None) -> Any:
