@@ -20,7 +20,6 @@ from hessfunc._estimate import Estimate
 from hessfunc._hessian import Product, hessian
 from hessfunc._krylov import Krylov, krylov
 from hessfunc._operators import Operator
-from hessfunc._products import hvp
 from hessfunc._quadrature import Quadrature
 from hessfunc._trace import hutchinson
 from hessfunc._typing import Batch, Loss, Params, Tensor
@@ -51,7 +50,7 @@ def analyze(
     surface_span: float = 0.5,
     reduction: str = "mean",
     count: Callable[[Batch], float] | None = None,
-    product: Product = hvp,
+    product: Product | None = None,
     chunk_size: int | None = None,
     linearize: bool = True,
     memory_budget: int | None = None,
@@ -141,7 +140,7 @@ def analyze(
         "surface_span": surface_span,
         "reduction": reduction,
         "count": None if count is None else "custom",
-        "product": getattr(product, "__name__", repr(product)),
+        "product": "hvp" if product is None else getattr(product, "__name__", repr(product)),
         "chunk_size": chunk_size,
         "linearize": linearize,
         "memory_budget": memory_budget,

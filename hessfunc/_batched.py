@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,14 @@ from hessfunc._compat import evaluated
 from hessfunc._data import Batches
 from hessfunc._fingerprint import Fingerprint
 from hessfunc._operators import Operator, Rows
+from hessfunc._rules import Programs, Rule
 from hessfunc._soundness import Soundness
-from hessfunc._traced import Product, Programs, TracedProduct
+from hessfunc._traced import TracedProduct
 from hessfunc._typing import Batch, Loss, Params, Tensor
 
 
 def over_batches(
-    product: Product,
+    rules: Sequence[Rule],
     loss: Loss,
     params: Params,
     data: Any,
@@ -34,13 +35,12 @@ def over_batches(
     memory_budget: int | None,
     compile: bool = False,
     check: bool = True,
-    vmappable: bool = True,
     extend: Callable[[int, tuple[Any, ...]], tuple[Any, ...]] | None = None,
 ) -> Operator:
-    """``product`` over ``data``, weighted as the loss is; the arguments are those of [`hessian`][hessfunc.hessian].
+    """A product over ``data``, weighted as the loss is; the arguments are those of [`hessian`][hessfunc.hessian].
 
     Args:
-        product: ``product(loss, params, v, *batch)``, linear in ``v``.
+        rules: ways to compute the product, each for where those before it lack a derivative.
         loss: what the product is of.
         params: the point.
         data: one batch or a re-iterable of batches.
@@ -52,18 +52,19 @@ def over_batches(
         memory_budget: bytes for residuals kept from pass to pass.
         compile: whether to compile the tangent program.
         check: whether to check the loss, the product and the data ([`Soundness`][hessfunc._soundness.Soundness]).
-        vmappable: whether the product runs under ``vmap``.
         extend: ``extend(position, batch)`` gives the arguments of the product from those of the loss; it must return
             the same objects in every pass where the batch is the same object.
     """
-    programs = Programs(eager=not linearize)
+    programs = Programs(*rules, eager=not linearize)
+
+    def product(*arguments: Any) -> Params:
+        return programs.rule.product(*arguments)
 
     def at(point: Params, check: bool = False) -> Operator:
         params, batches = checked_point(
             loss, point, data, reduction=reduction, count=count, chunk_size=chunk_size, memory_budget=memory_budget
         )
         rows = summed(
-            product,
             loss,
             params,
             batches,
@@ -72,7 +73,6 @@ def over_batches(
             chunk_size=chunk_size,
             memory_budget=memory_budget,
             compile=compile,
-            vmappable=vmappable,
             extend=extend,
             sound=Soundness(product, loss, params, data, name=name) if check else None,
         )
@@ -110,7 +110,6 @@ def checked_point(
 
 
 def summed(
-    product: Product,
     loss: Loss,
     params: Params,
     batches: Batches,
@@ -120,24 +119,21 @@ def summed(
     chunk_size: int | None,
     memory_budget: int | None,
     compile: bool = False,
-    vmappable: bool = True,
     extend: Callable[[int, tuple[Any, ...]], tuple[Any, ...]] | None = None,
     domain: tree.Layout | None = None,
     image: tree.Layout | None = None,
     sound: Soundness | None = None,
 ) -> Rows:
-    """``product`` summed over the batches with their weights, as a map on flat rows.
+    """The product of ``programs`` summed over the batches with their weights, as a map on flat rows.
 
     It is linear, but need not be from parameters to parameters: ``domain`` and ``image`` say how vectors and results
     lie where they are of another kind. ``sound`` looks at the first products. The other arguments are those of
     [`over_batches`][].
     """
     traced = TracedProduct(
-        product,
         loss,
         params,
         programs=programs,
-        vmappable=vmappable,
         max_lanes=chunk_size,
         memory_budget=memory_budget,
         compile=compile,
@@ -155,9 +151,8 @@ def summed(
             arguments = batch if extend is None else extend(position, batch)
             if sound is not None and looking:
                 if position == 0:
-                    sound.of_batch(
-                        batch, arguments, partial(traced.rows, batch=arguments, position=0, keep=batches.stable)
-                    )
+                    way: dict[str, Any] = {"batch": arguments, "position": 0, "keep": batches.stable}
+                    sound.of_batch(batch, arguments, partial(traced.rows, **way), partial(traced.prepare, **way))
                 if not batches.stable:
                     seen.add(batch)
             products = traced.rows(rows, arguments, position, keep=batches.stable)

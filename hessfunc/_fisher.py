@@ -16,6 +16,7 @@ from hessfunc._fingerprint import in_double
 from hessfunc._gauss_newton import Criterion, ModelFn, composed, push_and_pull, split_batch
 from hessfunc._likelihood import Observed, observe
 from hessfunc._operators import Operator
+from hessfunc._rules import Rule
 from hessfunc._typing import Batch, Loss, Params, Tensor
 
 KINDS = ("type2", "mc", "empirical")
@@ -172,7 +173,7 @@ def fisher(
         return _product(model_fn, criterion, params, v, batch[:-1], lambda _seen: batch[-1])
 
     operator = over_batches(
-        product,
+        [Rule(product)],
         checked,
         params,
         data,

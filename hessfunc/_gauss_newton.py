@@ -25,6 +25,7 @@ from hessfunc._compat import (
 from hessfunc._explain import explained
 from hessfunc._operators import Operator
 from hessfunc._products import hvp, hvp_unchecked
+from hessfunc._rules import Rule
 from hessfunc._typing import Batch, Loss, Params, Tensor
 
 ModelFn = Callable[..., Any]
@@ -147,7 +148,7 @@ def ggn(
         return ggnvp(model_fn, criterion, params, v, *batch)
 
     return over_batches(
-        product,
+        [Rule(product)],
         composed(model_fn, criterion),
         params,
         data,

@@ -7,8 +7,8 @@ from typing import Any
 
 from hessfunc._batched import over_batches
 from hessfunc._operators import Operator
-from hessfunc._products import hvp, hvp_double_backward, hvp_unchecked
-from hessfunc._traced import Product
+from hessfunc._products import hvp, hvp_double_backward, hvp_drawn, hvp_reverse_over_forward, hvp_unchecked
+from hessfunc._rules import Product, Rule
 from hessfunc._typing import Batch, Loss, Params
 
 
@@ -19,7 +19,7 @@ def hessian(
     *,
     reduction: str = "mean",
     count: Callable[[Batch], float] | None = None,
-    product: Product = hvp,
+    product: Product | None = None,
     chunk_size: int | None = None,
     linearize: bool = True,
     memory_budget: int | None = None,
@@ -46,7 +46,9 @@ def hessian(
         reduction: ``"mean"`` or ``"sum"``: how ``loss`` reduces over a batch.
         count: what a batch weighs under ``"mean"``, for instance the number of tokens that count; by default the
             length of the leading axis its tensors share.
-        product: the product to use: ``hessfunc.hvp``, ``hvp_reverse_over_forward`` or ``hvp_double_backward``.
+        product: the product to use: ``hessfunc.hvp``, ``hvp_reverse_over_forward`` or ``hvp_double_backward``. The
+            default is the first, and another of them after a ``ProductWarning`` where the loss uses an operation that
+            lacks a derivative for it; one that is given here is the only one.
         chunk_size: largest number of vectors to push through one batch together; by default at most 8, and fewer
             where operations are large enough not to gain, or are convolutions, which lose.
         linearize: trace the product once for each shape of batch and evaluate what does not depend on the vector once
@@ -83,8 +85,14 @@ def hessian(
         >>> whole(torch.ones(2)), batched(torch.ones(2))
         (tensor([0.3333, 1.3333]), tensor([0.3333, 1.3333]))
     """
+    by_default = Rule(hvp_unchecked, lighter=hvp_drawn)
+    if product is None:
+        others = (Rule(other, vmappable=False) for other in (hvp_reverse_over_forward, hvp_double_backward))
+        rules = [by_default, *others]
+    else:
+        rules = [by_default if product is hvp else Rule(product, vmappable=product is not hvp_double_backward)]
     return over_batches(
-        hvp_unchecked if product is hvp else product,
+        rules,
         loss,
         params,
         data,
@@ -96,5 +104,4 @@ def hessian(
         memory_budget=memory_budget,
         compile=compile,
         check=check,
-        vmappable=product is not hvp_double_backward,
     )

@@ -14,10 +14,11 @@ from hessfunc._compat import evaluated
 from hessfunc._data import Batches
 from hessfunc._fisher import observed
 from hessfunc._gauss_newton import Criterion, ModelFn, composed, pull, push, push_and_pull, split_batch
+from hessfunc._kept import available_memory
 from hessfunc._likelihood import Categorical, Observed, observe
 from hessfunc._operators import Operator, Rows
 from hessfunc._positions import Positions
-from hessfunc._traced import Programs, available_memory
+from hessfunc._rules import Programs, Rule
 from hessfunc._typing import Batch, Loss, Params, Tensor
 
 
@@ -151,12 +152,11 @@ def ggn_hierarchy(
 
     def over(product: Any, **layouts: Any) -> Rows:
         return summed(
-            product,
             plain,
             params,
             batches,
             name="Gauss-Newton product",
-            programs=Programs(eager=not linearize),
+            programs=Programs(Rule(product), eager=not linearize),
             chunk_size=chunk_size,
             memory_budget=budget // 4,  # four programs keep residuals
             **layouts,

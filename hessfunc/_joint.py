@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch.fx import Node
 
-from hessfunc._program import Program, is_write, needed, program
-from hessfunc._recorder import Recording, select_result
+from hessfunc._memory import Memory
+from hessfunc._placed import least_program
+from hessfunc._program import Program, needed
+from hessfunc._recorder import Recording
 
 _aten = torch.ops.aten
 
@@ -33,7 +35,7 @@ def joint_program(recording: Recording, body: Sequence[Node], moving: set[Node])
     run: masks are computed again where they are needed again, if what they are computed from is still there.
     """
     again = _repeated(recording, body, moving)
-    return program(recording, recording.inputs, recording.outputs, body, again)
+    return least_program(recording, recording.inputs, body, again)
 
 
 def _repeated(recording: Recording, body: Sequence[Node], moving: set[Node]) -> dict[Node, list[Node]]:
@@ -60,38 +62,3 @@ def _repeated(recording: Recording, body: Sequence[Node], moving: set[Node]) -> 
             if after - before > _NEAR and all(last[block] + _NEAR >= after for block in large):
                 again.setdefault(body[after], []).append(node)
     return again
-
-
-class Memory:
-    """Which memory the results of operations lie in, and how large it is.
-
-    Attributes:
-        block: an id of the memory of each node.
-        size: bytes of each block.
-        outside: the blocks of inputs and constants.
-    """
-
-    def __init__(self, recording: Recording) -> None:
-        self.block: dict[Node, Hashable] = {}
-        self.size: dict[Hashable, int] = {}
-        for node in recording.graph.nodes:
-            inputs = node.all_input_nodes
-            block = recording.storage.get(node, node)
-            if block is node and is_write(node):
-                block = self.block[inputs[0]]
-            value = recording.values.get(node)
-            if value is not None:
-                size = value.shape.numel() * value.dtype.itemsize
-            elif any(user.target is select_result for user in node.users):
-                size = 0  # counted with its parts
-            elif node.target is _aten.new_ones.default:
-                size = 8  # a number that is expanded
-            else:  # a factor is as large as what it is made of
-                size = max((self.size[self.block[argument]] for argument in inputs), default=0)
-            self.block[node] = block
-            self.size[block] = max(size, self.size.get(block, 0))
-        self.outside = {self.block[node] for node in recording.graph.nodes if node.op != "call_function"}
-
-    def total(self, nodes: Sequence[Node]) -> int:
-        """Bytes that these results take beside inputs and constants."""
-        return sum(self.size[block] for block in {self.block[node] for node in nodes} - self.outside)

@@ -8,10 +8,14 @@ from functools import cached_property
 import torch
 from torch.fx import Node
 
-from hessfunc._joint import Memory, joint_program
+from hessfunc._agreement import Summary
+from hessfunc._joint import joint_program
+from hessfunc._memory import Memory
+from hessfunc._placed import least_program
 from hessfunc._program import Program, needed, program
 from hessfunc._reassociate import reassociate
 from hessfunc._recorder import NotRecordableError, Recording, record, select_result
+from hessfunc._shadows import ShadowError
 from hessfunc._simplify import simplify
 from hessfunc._typing import Tensor
 
@@ -30,8 +34,9 @@ class Linearized:
     function did, operation by operation; with it they do less, and tensors may lie in memory in another order, which a
     few of torch's operations do not take.
 
+    With ``on_shadows`` the run takes no memory and computes nothing, so that it has no result.
+
     Attributes:
-        result: what the traced run itself returned.
         random: names of the operations in it that draw random numbers.
         mean_elements: mean number of entries that an operation produces.
         eps: rounding unit of the coarsest dtype that it computes with.
@@ -49,9 +54,18 @@ class Linearized:
         *,
         compile: bool = False,
         rewrite: bool = True,
+        on_shadows: bool = False,
     ) -> None:
-        recording, outputs = record(lambda *inputs: [function(*inputs)], [*primals, tangent])
-        self.result = outputs[0]
+        inputs = [*primals, tangent]
+        try:
+            recording, outputs = record(lambda *inputs: [function(*inputs)], inputs, on_shadows=on_shadows)
+        except NotRecordableError:
+            raise
+        except Exception as error:
+            if not on_shadows:
+                raise
+            raise ShadowError(str(error)) from error
+        self._result = None if on_shadows else outputs[0]
         self.random = tuple(recording.random)
         self.mean_elements = sum(recording.elements) / max(len(recording.elements), 1)
         self.convolves = any("convolution" in str(node.target) for node in _body(recording))
@@ -62,12 +76,19 @@ class Linearized:
             simplify(recording)
             reassociate(recording)
         self._recording = recording
+        self._body = _body(recording)
         self._moving = _moving(recording)
         self._residuals = _residuals(recording, self._moving)
         self._computes_result = recording.outputs[0] in self._moving
         self._compile = compile
         self.checked: set[bool] = set()
         self.residual_bytes = Memory(recording).total(self._residuals)
+
+    def take_result(self) -> Tensor:
+        """What the traced run itself returned; it is not held any longer."""
+        result, self._result = self._result, None
+        assert result is not None
+        return result
 
     def residuals(self, primals: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate all that does not depend on the tangent."""
@@ -88,52 +109,50 @@ class Linearized:
 
     @cached_property
     def _primal(self) -> Program:
-        still = [node for node in _body(self._recording) if node not in self._moving]
-        return program(self._recording, self._recording.inputs[:-1], self._residuals, still)
+        still = [node for node in self._body if node not in self._moving]
+        inputs = self._recording.inputs[:-1]
+        return program(self._recording, inputs, needed(still, self._residuals), self._residuals)
 
     @cached_property
     def _tangent(self) -> Program:
         *primals, tangent = self._recording.inputs
-        body = [node for node in _body(self._recording) if node in self._moving]
-        result = program(self._recording, [*primals, *self._residuals, tangent], self._recording.outputs, body)
+        moving = [node for node in self._body if node in self._moving]
+        result = least_program(self._recording, [*primals, *self._residuals, tangent], moving)
         return torch.compile(result, dynamic=False) if self._compile else result
 
     @cached_property
     def _joint(self) -> Program:
-        return joint_program(self._recording, _body(self._recording), self._moving)
+        return joint_program(self._recording, self._body, self._moving)
 
 
 def replayed(
     function: Callable[..., Tensor],
     primals: list[Tensor],
-    rows: Tensor,
+    rows: Callable[[], Tensor],
     program: Linearized,
-    eager: Tensor,
+    eager: Summary,
     *,
     in_one: bool,
 ) -> Tensor | None:
-    """The product as the program gives it from now on, or None if it is not that of the function."""
-    if not bool(torch.isfinite(eager).all()):
-        return eager
+    """The product with ``rows()`` as the program gives it from now on, or None if it is not that of the function."""
+    if not bool(torch.isfinite(eager.norm)):
+        return function(*primals, rows())
 
     def replay(rows: Tensor) -> Tensor:
         return program.apply_once(primals, rows) if in_one else program.apply(primals, residuals, rows)
 
     residuals = [] if in_one else program.residuals(primals)
-    result = replay(rows)
-    if not _agree(result, eager, program.eps):
+    result = replay(rows())
+    tolerance = min(100 * program.eps**0.75, 0.1)
+    if not Summary.of(result).agrees(eager, tolerance):
         # A vector without curvature has a product of nothing but rounding errors: another one decides.
-        other = torch.linspace(1, 2 * rows.numel(), rows.numel(), dtype=rows.dtype, device=rows.device)
-        other = other.reshape(rows.shape).cos()
-        if not _agree(replay(other), function(*primals, other), program.eps):
+        vector = rows()
+        other = torch.linspace(1, 2 * vector.numel(), vector.numel(), dtype=vector.dtype, device=vector.device)
+        other = other.reshape(vector.shape).cos()
+        if not Summary.of(replay(other)).agrees(Summary.of(function(*primals, other)), tolerance):
             return None
     program.checked.add(in_one)
     return result
-
-
-def _agree(replayed: Tensor, eager: Tensor, eps: float) -> bool:
-    difference = torch.linalg.vector_norm(replayed - eager)
-    return bool(difference <= min(100 * eps**0.75, 0.1) * torch.linalg.vector_norm(eager))
 
 
 def _body(recording: Recording) -> list[Node]:

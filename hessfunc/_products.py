@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,6 +88,11 @@ def hvp_reverse_over_forward(loss: Loss, params: Params, v: Params, *batch: Any)
     return _reverse_over_forward(loss, params, v, batch)
 
 
+def hvp_drawn(loss: Loss, params: Params, draw: Callable[[], Params], *batch: Any) -> Params:
+    """[`hvp_reverse_over_forward`][] with the vector ``draw()``, which is not held during the backward pass."""
+    return _pulled_back(loss, params, draw, batch, again=False)
+
+
 def hvp_double_backward(loss: Loss, params: Params, v: Params, *batch: Any) -> Params:
     """Hessian-vector product, reverse over reverse on torch's own tape.
 
@@ -152,11 +158,18 @@ def _is_about_dtypes(error: RuntimeError) -> bool:
 
 
 def _reverse_over_forward(loss: Loss, params: Params, v: Params, batch: tuple[Any, ...]) -> Params:
+    outside = differentiated_outside([*tree.leaves(params), *tree.leaves(v)])
+    return _pulled_back(loss, params, lambda: v, batch, again=outside)
+
+
+def _pulled_back(
+    loss: Loss, params: Params, draw: Callable[[], Params], batch: tuple[Any, ...], *, again: bool
+) -> Params:
     safe = rerouted(lambda p: _checked_loss(loss, p, batch), ANY_ORDER)
     try:
         with one_thread():
-            slope, pullback = torch.func.vjp(lambda p: torch.func.jvp(safe, (p,), (v,))[1], params)[:2]
-        again = is_tracked(slope) or differentiated_outside([*tree.leaves(params), *tree.leaves(v)])
+            slope, pullback = torch.func.vjp(lambda p: torch.func.jvp(safe, (p,), (draw(),))[1], params)[:2]
+        again = again or is_tracked(slope)
         return pullback(torch.ones_like(slope), retain_graph=again, create_graph=again)[0]
     except RuntimeError as error:
         raise explained(error) from error

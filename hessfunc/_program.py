@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.fx import Node
@@ -14,23 +14,13 @@ from hessfunc._typing import Tensor
 Program = Callable[..., list[Tensor]]
 
 
-def program(
-    recording: Recording,
-    inputs: Sequence[Node],
-    outputs: Sequence[Node],
-    body: Sequence[Node],
-    again: Mapping[Node, Sequence[Node]] | None = None,
-) -> Program:
-    """``(*inputs) -> outputs`` by way of those operations of ``body`` that are needed; results go at their last use.
+def program(recording: Recording, inputs: Sequence[Node], steps: Sequence[Node], outputs: Sequence[Node]) -> Program:
+    """``(*inputs) -> outputs`` by way of these operations; results go at their last use.
 
-    ``again`` has operations to repeat right before another one; what they gave before is not held until then.
+    An operation may be repeated; what it gave before is not held until then.
 
     Written here and not by ``torch.fx``, whose copy of a graph and source of it take about as long as recording it did.
     """
-    again = again or {}
-    steps: list[Node] = []
-    for node in needed(body, outputs):
-        steps += [*again.get(node, ()), node]
     return _Writer(recording, inputs).function(steps, outputs)
 
 
@@ -61,10 +51,10 @@ class _Writer:
 
     def function(self, steps: Sequence[Node], outputs: Sequence[Node]) -> Program:
         lines = [f"def program({', '.join(self._parameters)}):"]
-        dying = _dying(steps, outputs)
+        ends = dying(steps, outputs)
         for i, node in enumerate(steps):
             lines.append(f"    {self._named(node)} = {self._call(node)}")
-            names = [self._names[dead] for dead in dying[i] if self._names[dead].startswith("v")]
+            names = [self._names[dead] for dead in ends[i] if self._names[dead].startswith("v")]
             if names:
                 lines.append(f"    del {', '.join(names)}")
         lines.append(f"    return [{', '.join(self._names[node] for node in outputs)}]")
@@ -97,14 +87,14 @@ class _Writer:
         return name
 
 
-def _dying(steps: Sequence[Node], outputs: Sequence[Node]) -> list[list[Node]]:
+def dying(steps: Sequence[Node], outputs: Sequence[Node]) -> list[list[Node]]:
     """What to free after each step: used for the last time there, or made once more before its next use."""
-    dying: list[list[Node]] = [[] for _ in steps]
+    ends: list[list[Node]] = [[] for _ in steps]
     wanted = set(outputs)
     for i in reversed(range(len(steps))):
         node = steps[i]
         used = dict.fromkeys([node, *node.all_input_nodes])
-        dying[i] = [n for n in used if n not in wanted]
+        ends[i] = [n for n in used if n not in wanted]
         wanted.discard(node)
         wanted.update(node.all_input_nodes)
-    return dying
+    return ends

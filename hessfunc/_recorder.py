@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hessfunc import tree
+from hessfunc._shadows import Shadow, Shadows, leaves, mapped
 from hessfunc._typing import Tensor
 
 _METADATA = {"aten::is_same_size", "aten::_has_same_storage_numel", "aten::_has_compatible_shallow_copy_type"}
@@ -58,14 +58,20 @@ class Recording:
     elements: list[int] = field(default_factory=list)
 
 
-def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[Recording, list[Tensor]]:
+def record(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], *, on_shadows: bool = False
+) -> tuple[Recording, list[Tensor]]:
     """Run ``function(*inputs)`` once and write down what it did; returns the recording and the results.
+
+    With ``on_shadows`` nothing is computed: the function runs on tensors that have a shape and no memory, and so do the
+    results. What then goes wrong may be due to that.
 
     Raises:
         NotRecordableError: the function reads a value out of a tensor that depends on the inputs (``.item()``, ``if
             tensor``), makes shapes that depend on values, or uses an argument that a graph cannot hold.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(on_shadows)
+    inputs = [Shadow.of(tensor) for tensor in inputs] if on_shadows else inputs
     for i, tensor in enumerate(inputs):
         recorder.add_input(tensor, f"input_{i}")
     with recorder:
@@ -76,8 +82,9 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, on_shadows: bool) -> None:
         super().__init__()
+        self._shadows = Shadows() if on_shadows else None
         self.recording = Recording()
         self._nodes = WeakTensorKeyDictionary()
 
@@ -99,20 +106,20 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func._schema.name in _METADATA:  # about shapes and layouts, which a recording fixes anyway
-            return result
-        results = [leaf for leaf in tree.leaves(result) if leaf is not None]
         tags = func.tags
         dynamic = torch.Tag.dynamic_output_shape in tags and not _picks_by_number(func, args)
         if dynamic or torch.Tag.data_dependent_output in tags:
             raise NotRecordableError(f"the values of a tensor decide on shapes or on the way taken ({func})")
+        result = self._shadows.run(func, args, kwargs) if self._shadows else func(*args, **kwargs)
+        if func._schema.name in _METADATA:  # about shapes and layouts, which a recording fixes anyway
+            return result
+        results = [leaf for leaf in leaves(result) if leaf is not None]
         if any(not isinstance(leaf, torch.Tensor) for leaf in results):
             raise NotRecordableError(f"{func} reads a Python value out of a tensor")
         if torch.Tag.nondeterministic_seeded in tags:
             self.recording.random.append(str(func))
-        arguments = tree.map_leaves(self._argument, (args, dict(kwargs)))
-        node = self.recording.graph.call_function(func, *arguments)
+        keywords = {name: mapped(self._argument, value) for name, value in kwargs.items()}
+        node = self.recording.graph.call_function(func, mapped(self._argument, args), keywords)
         storage = self._aliased(func, args, kwargs)
         if func._schema.is_mutable:
             self._note_mutations(func, args, kwargs, node)
@@ -156,7 +163,7 @@ class _Recorder(TorchDispatchMode):
     def _note_mutations(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: Node) -> None:
         for spec, value in _bound(func, args, kwargs):
             if spec.alias_info is not None and spec.alias_info.is_write:
-                for tensor in tree.leaves(value):
+                for tensor in leaves(value):
                     if isinstance(tensor, torch.Tensor):
                         self.recording.mutations.append((node, self.recording.storage[self.node_of(tensor)]))
 

@@ -11,7 +11,7 @@ import torch
 from hessfunc import _probes, tree
 from hessfunc._compat import REVERSE_ALONE, evaluated, rerouted
 from hessfunc._fingerprint import Fingerprint, explained_difference, in_double
-from hessfunc._traced import Product
+from hessfunc._rules import Product
 from hessfunc._typing import Loss, Params, Tensor
 from hessfunc._witness import Witness, custom_functions
 
@@ -43,18 +43,26 @@ class Soundness:
         self._first: Fingerprint | None = None
         self._lock = threading.RLock()
 
-    def of_batch(self, batch: tuple[Any, ...], arguments: tuple[Any, ...], rows: Callable[[Tensor], Tensor]) -> None:
+    def of_batch(
+        self,
+        batch: tuple[Any, ...],
+        arguments: tuple[Any, ...],
+        rows: Callable[[Tensor], Tensor],
+        prepare: Callable[[], None],
+    ) -> None:
         """Check the loss and the product on one batch, unless it has been done.
 
         Args:
             batch: arguments of the loss.
             arguments: arguments of the product.
             rows: the product with rows on this batch.
+            prepare: called before there are rows in memory.
         """
         with self._lock:
             if self._done:
                 return
             self._check_repeats(batch)
+            prepare()
             self._check_symmetry(batch, arguments, rows)
             self._done = True
 

@@ -74,7 +74,9 @@ class SquareLaw:
                 if self.entries is not None:
                     pair.addcmul_(known, last[0], value=-1)
                 self.last = known, product
-            counts = torch.arange(self.count + 1, self.count + len(images) + 1, dtype=torch.float64).clamp(min=2)
+            counts = torch.arange(
+                self.count + 1, self.count + len(images) + 1, dtype=torch.float64, device="cpu"
+            ).clamp(min=2)
             self.count += len(images)
             # The means that are taken off have in them a part of the pair itself.
             part = 1 / (counts * (counts - 1)).unsqueeze(1) if self.entries is not None else 0.0
@@ -109,7 +111,7 @@ class SquareLaw:
     def _diagonal(self, leaves: Tensor) -> Tensor:
         """What the summands have of the squared diagonal of ``M``: for each leaf, and for the whole."""
         if self.sampler is normal:
-            return torch.zeros(leaves.shape[1] + 1, dtype=torch.float64)
+            return torch.zeros(leaves.shape[1] + 1, dtype=torch.float64, device="cpu")
         if self.entries is None:
             shares = leaves.mean(0)
             return torch.cat([shares, shares.sum(0, keepdim=True)]).square() / self.H.size

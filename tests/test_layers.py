@@ -19,11 +19,12 @@ LAYERS = {
     "pytrees": ["tree"],
     "checks and probes": ["_checks", "_probes"],
     "torch put right": [
-        *("_decompositions", "_explain", "_compat", "_recorder", "_simplify", "_zeros", "_reassociate", "_program"),
-        *("_joint", "_linearize"),
+        *("_decompositions", "_explain", "_compat", "_shadows", "_recorder", "_simplify", "_zeros", "_reassociate"),
+        *("_program", "_memory", "_placed", "_joint", "_agreement", "_linearize"),
     ],
     "products and operators": [
-        *("_products", "_traced", "_module", "_restrict", "_data", "_operators", "_batched", "_hessian"),
+        *("_products", "_rules", "_kept", "_trial", "_traced", "_module", "_restrict", "_data", "_operators"),
+        *("_batched", "_hessian"),
         *("_witness", "_fingerprint", "_soundness"),
         *("_likelihood", "_gauss_newton", "_fisher", "_positions", "_hierarchy"),
     ],

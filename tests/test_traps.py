@@ -4,6 +4,7 @@ The trusted references share no code with hessfunc: central differences of a gra
 Hessian by ``torch.autograd.functional.hessian``, or the same function written by hand.
 """
 
+import re
 import threading
 import warnings
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import hessfunc as hf
 from hessfunc import tree
 from hessfunc._explain import explained
+from hessfunc._traced import PATIENCE
 
 PRODUCTS = [hf.hvp, hf.hvp_reverse_over_forward, hf.hvp_double_backward]
 FORWARD = PRODUCTS[:2]
@@ -76,6 +78,38 @@ def assert_refused(text, loss, params, *batch, products=PRODUCTS, error=NotImple
             product(loss, params, tree.map_leaves(torch.ones_like, params), *batch)
         with pytest.raises(error, match=text):
             hf.hessian(loss, params, batch, product=product)(params)
+
+
+def assert_goes_on(text, loss, params, *batch, by="hvp_double_backward"):
+    """The operator warns once, at its first product, and then is right, however vectors come in."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hf.ProductWarning)
+        reference = hf.hessian(loss, params, batch, product=getattr(hf, by)).dense()
+    vectors = randn(5, *reference.shape[:1], seed=9)
+    v = tree.Layout.of(params).unravel(vectors[0])
+    assert (
+        relative_error(
+            hf.tree.Layout.of(params).ravel(by_differences(lambda p: loss(p, *batch), params, v)),
+            reference @ vectors[0],
+        )
+        < 1e-6
+    )
+    for options in ({}, {"linearize": False}, {"memory_budget": 0}, {"check": False}):
+        H = hf.hessian(loss, params, batch, **options)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                assert relative_error(H.vector(vectors[0]), reference @ vectors[0]) < 1e-9
+            for _ in range(PATIENCE + 1):
+                assert relative_error(H.rows(vectors), vectors @ reference) < 1e-9
+            assert relative_error(torch.func.vmap(H.vector)(vectors), vectors @ reference) < 1e-9
+            moved = H.at(tree.scale(0.5, params)).vector(vectors[0])
+        (warning,) = seen
+        assert warning.category is hf.ProductWarning
+        told = rf"{text}.*go on with hessfunc\.{by}, which is slower .* jvp.*, or pass product=hessfunc\.{by}"
+        assert re.search(told, str(warning.message))
+        there = hf.hessian(loss, tree.scale(0.5, params), batch, product=getattr(hf, by)).vector(vectors[0])
+        assert relative_error(moved, there) < 1e-9
 
 
 # Losses
@@ -148,6 +182,7 @@ def test_grid_sample_needs_double_backward():
 
     assert_refused(r"grid_sampler_2d.*Use hessfunc\.hvp_double_backward", loss, randn(1, 1, 4, 4), products=FORWARD)
     assert_right(loss, randn(1, 1, 4, 4), products=[hf.hvp_double_backward])
+    assert_goes_on("grid_sampler_2d", loss, randn(1, 1, 4, 4))
 
 
 def test_grouped_products_of_a_mixture_of_experts_need_double_backward():
@@ -622,12 +657,106 @@ def test_custom_function_without_jvp():
     with pytest.raises(NotImplementedError, match=r"the model calls an autograd\.Function without a jvp"):
         hf.ggnvp(lambda w, x: x @ Cube.apply(w), F.mse_loss, W, W, X, Y)
     assert_right(lambda w: Cube.apply(w).sum(), W, products=[hf.hvp_double_backward])
+    assert_goes_on(r"autograd\.Function without a jvp", lambda w: Cube.apply(w).sum(), W)
 
 
 def test_custom_function_of_the_old_style():
     text = r"autograd\.Function of the old style, without setup_context.*give a function of your own setup_context"
     assert_refused(text, lambda w: LegacyCube.apply(w).sum(), W, products=FORWARD)
     assert_right(lambda w: LegacyCube.apply(w).sum(), W, products=[hf.hvp_double_backward])
+    assert_goes_on("of the old style", lambda w: LegacyCube.apply(w).sum(), W)
+
+
+class CubeWithJvp(Cube):
+    """Its backward pass cannot be differentiated; what its jvp makes can."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, _output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Opaque.apply(3 * ctx.saved_tensors[0] ** 2 * gradient)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 3 * ctx.saved_tensors[0] ** 2 * tangent
+
+
+class Opaque(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        raise NotImplementedError("no second derivative")
+
+
+def test_custom_function_with_a_backward_that_forward_mode_cannot_take():
+    assert_goes_on("without a jvp", lambda w: CubeWithJvp.apply(w).sum(), W, by="hvp_reverse_over_forward")
+
+
+class NumpyCube(LegacyCube):
+    """Numbers that no operation of torch sees."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.from_numpy(x.detach().numpy() ** 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"product": hf.hvp_double_backward}])
+def test_custom_function_by_way_of_numpy_is_not_traced(options):
+    batches = [(X[:4],), (X[4:8],)]
+
+    def loss(w, x):
+        return NumpyCube.apply(x @ w).pow(2).sum()
+
+    H = hf.hessian(loss, W, batches, reduction="sum", **options)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        H.vector(torch.ones(6, dtype=F64))
+    told = [str(warning.message) for warning in seen]
+    assert len(told) == (1 if options else 2)
+    assert any("the product cannot be traced" in text for text in told)
+    for point in (W, 2 * W):
+        exact = torch.autograd.functional.hessian(lambda w: ((X[:8] @ w) ** 6).sum(), point).reshape(6, 6)
+        assert relative_error(H.at(point).dense(), exact) < 1e-10
+
+
+def test_the_choice_of_a_product_is_not_overruled():
+    for product in FORWARD:
+        H = hf.hessian(lambda w: Cube.apply(w).sum(), W, product=product)
+        with pytest.raises(NotImplementedError, match="without a jvp"):
+            H(W)
+
+
+def test_where_no_product_works_the_last_one_says_why():
+    H = hf.hessian(lambda w: torch.cdist(w, X).sum(), randn(4, 3))
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match=r"without a second derivative.*cdist: differences and norms"):
+            H.vector(torch.ones(12, dtype=F64))
+
+
+def test_the_other_product_is_checked_too():
+    class Wrong(Cube):
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.arange(1.0, 7.0, dtype=F64).reshape(3, 2) * ctx.saved_tensors[0].roll(1, 0) * gradient
+
+    H = hf.hessian(lambda w: Wrong.apply(w).sum(), W)
+    with (
+        pytest.warns(hf.ProductWarning, match="without a jvp"),
+        pytest.raises(ValueError, match=r"not symmetric.*Wrong"),
+    ):
+        H(W)
 
 
 # Precision
