@@ -115,7 +115,7 @@ def _with_scalars(values: Any) -> Any:
 
     def with_scalar(value: Any) -> Any:
         scalar = isinstance(value, torch.Tensor) and value.dim() == 0
-        return torch.zeros((), dtype=value.dtype) if scalar else value
+        return torch.zeros((), dtype=value.dtype, device="cpu") if scalar else value
 
     return mapped(with_scalar, values)
 
