@@ -196,7 +196,10 @@ def test_grouped_products_of_a_mixture_of_experts_need_double_backward():
 
     assert_refused(r"_grouped_mm.*Use hessfunc\.hvp_double_backward", loss, params, products=FORWARD)
     reference = hf.hvp(one_by_one, params, randn_like(params, seeded(9)))
-    assert_right(loss, params, products=[hf.hvp_double_backward], reference=reference, tolerance=1e-5)
+    with warnings.catch_warnings():
+        # Torch 2.13 works out the shape of a result for bfloat16 alone, so that there the product cannot be traced.
+        warnings.simplefilter("ignore", hf.ProductWarning)
+        assert_right(loss, params, products=[hf.hvp_double_backward], reference=reference, tolerance=1e-5)
 
 
 def test_norm_at_zero_is_a_kink():
