@@ -114,7 +114,7 @@ class Estimate:
         truth in 92 to 98 % of runs for traces, diagonals and squared norms by every method and for the leaves of these,
         where those of the spread of samples alone hold it in as little as 81 % where a few eigenvalues make up most of
         it. Exceptions: up to 99.5 % with fewer than about six test probes; up to 99 % for traces of leaves, above all
-        small ones; 90 to 99 % for squared norms from fewer than about ten probes. ``tests/test_calibration.py`` has the
+        small ones; 90 to 99 % for squared norms from about ten probes or fewer. ``tests/test_calibration.py`` has the
         table.
 
         Raises:
