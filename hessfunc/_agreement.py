@@ -9,7 +9,7 @@ import torch
 from hessfunc import _probes
 from hessfunc._typing import Tensor
 
-PARTS, LEAST = 1024, 16
+PARTS, LEAST = 256, 16
 """How many sums are kept of a vector, unless that would be of fewer than ``LEAST`` entries each."""
 
 

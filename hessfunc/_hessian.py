@@ -58,8 +58,8 @@ def hessian(
             two to four times the memory of a gradient for each batch. Batches that it has room for keep theirs from
             pass to pass; those of a DataLoader share theirs between the vectors of one pass. Without room a product
             runs as one program that frees each value at its last use, which takes less memory than double backprop and
-            about 1.5 times as long; 0 asks for that throughout. The default keeps a quarter of the free memory and
-            always shares within a pass.
+            about 1.5 times as long; 0 asks for that throughout, from the first product on. The default keeps a quarter
+            of the free memory and always shares within a pass.
         compile: compile what depends on the vector with ``torch.compile``, which takes a minute or so for each
             shape of batch and a compiler on the machine; the first product is checked against the eager one.
         check: find out at the first product whether the loss gives the same value twice and whether the product is
@@ -72,9 +72,10 @@ def hessian(
             random loss, an asymmetric product, or data that change from pass to pass.
         TypeError: an integer leaf, an exhausted iterator, arguments that do not fit the loss.
         NonFiniteError: the loss of the first batch, or later a product, is NaN or infinite.
+        NotImplementedError: at the first product; an operation lacks the derivatives that every ``product`` needs.
 
     Warns:
-        ProductWarning: the product could not be traced.
+        ProductWarning: the product could not be traced, or ``hvp`` could not give it and another ``product`` does.
 
     Example:
         >>> import torch, hessfunc as hf

@@ -117,8 +117,10 @@ class Linearized:
     def _tangent(self) -> Program:
         *primals, tangent = self._recording.inputs
         moving = [node for node in self._body if node in self._moving]
-        result = least_program(self._recording, [*primals, *self._residuals, tangent], moving)
-        return torch.compile(result, dynamic=False) if self._compile else result
+        inputs, outputs = [*primals, *self._residuals, tangent], self._recording.outputs
+        if self._compile:  # a compiler places results itself
+            return torch.compile(program(self._recording, inputs, needed(moving, outputs), outputs), dynamic=False)
+        return least_program(self._recording, inputs, moving)
 
     @cached_property
     def _joint(self) -> Program:
