@@ -100,7 +100,8 @@ def sweep(axis: str, options: harness.Settings) -> list[harness.Record]:
     records = []
     for curve, position, call, per, gradient in SWEEPS[axis][0](options):
         calls = {"gradient": gradient, "call": call}
-        times = harness.interleaved(calls, repeats=options.repeats, device=options.device)
+        # Enough that a program for as many lanes is made before the first round
+        times = harness.interleaved(calls, repeats=options.repeats, device=options.device, burn_in=6)
         gradients = harness.multiples(times["call"], times["gradient"], per=per)
         seconds = harness.Spread.of(times["call"])
         records.append({"axis": axis, "curve": curve, axis: position, "gradients": gradients, "seconds": seconds})
@@ -126,6 +127,10 @@ def plot(records: list[harness.Record], path: Path) -> None:
             positions = [record[axis] for record in points]
             panel.errorbar(positions, middle, [low, high], marker="o", markersize=4, capsize=2, label=curve)
         panel.set(xscale="log", xlabel=axis, ylabel=SWEEPS[axis][1])
+        if axis != "parameters":
+            ticks = sorted({record[axis] for record in of_axis})
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.minorticks_off()
         panel.set_yscale("log") if axis == "steps" else panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
