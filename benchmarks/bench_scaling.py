@@ -1,8 +1,9 @@
 """How the cost of a product and of a density grows: with parameters, probes, batches and Lanczos steps.
 
-Claim: the cost of a product stays a fixed multiple of a gradient from 10^4 to 10^8 parameters; per probe it does not
-rise with the number of probes, nor per batch with the number of batches; a density costs its products, so time is
-linear in the steps (with full reorthogonalization it is not). All in gradients of one batch timed in the same run.
+Claim: the cost of a product stays about the same multiple of a gradient from 10^4 to 10^8 parameters; per batch it does
+not rise with the number of batches, nor per probe with that of probes where activations are not small next to the
+parameters; a density costs its products, so time is linear in the steps (with full reorthogonalization it is not). All in
+gradients of one batch timed in the same run.
 
     python benchmarks/bench_scaling.py --out results
 """

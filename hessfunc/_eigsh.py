@@ -48,7 +48,7 @@ def eigsh(
 ) -> Eigenpairs:
     """The k most extreme eigenvalues and eigenvectors of a symmetric operator, with certified residuals.
 
-    Thick-restart Lanczos (Wu and Simon 2000) with full two-pass reorthogonalization: a pair is accepted when
+    Thick-restart Lanczos (Wu and Simon 2000) with full reorthogonalization: a pair is accepted when
     ``|H v - lambda v| <= tol * |lambda|``, or is at the rounding level of ``H``. A single Krylov space holds one copy
     of a repeated eigenvalue and can pass by one closer than ``tol`` to another, so once k pairs are accepted, a few
     Lanczos steps from a fresh random vector orthogonal to them look for one that was missed, and the search goes

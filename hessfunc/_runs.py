@@ -79,7 +79,7 @@ def run_probes(H: Operator, probes: Tensor, num_steps: int, reorthogonalize: str
 
 
 def _recur(H: Operator, units: Tensor, products: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """[`lanczos`][hessfunc.lanczos] without reorthogonalization from each unit row, in place: a third of its time.
+    """[`lanczos`][hessfunc.lanczos] without reorthogonalization from each unit row, in place.
 
     ``products`` are the first ones. Returns the diagonals and off-diagonals, shape ``(num_rows, num_steps)`` and one
     less.

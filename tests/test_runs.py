@@ -6,7 +6,7 @@ from helpers import F64, SPECTRA, seeded, symmetric
 
 import hessfunc as hf
 from hessfunc._deflation import project_off
-from hessfunc._runs import run_orthogonal
+from hessfunc._runs import run_orthogonal, run_probes
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -60,3 +60,28 @@ def test_projection_in_pieces(size):
     torch.testing.assert_close(project_off(basis, rows), rows - (rows @ basis.T) @ basis, rtol=0, atol=1e-12)
     assert torch.equal(rows, before)
     assert torch.equal(project_off(basis[:0], rows), rows)
+
+
+def test_plain_runs_in_place_are_lanczos():
+    matrix = symmetric(torch.linspace(-1, 3, 40, dtype=F64))
+    probes = torch.stack([start(40, seed=seed) for seed in range(3)])
+    given = probes.clone()
+    runs = run_probes(hf.as_operator(matrix), probes, 12, "none", None)
+    assert torch.equal(probes, given)
+    for probe, nodes, weights in zip(probes, runs.nodes, runs.weights, strict=True):
+        run = hf.lanczos(lambda v: matrix @ v, probe, 12, reorthogonalize="none")
+        expected = hf.eigh_tridiagonal(run.alphas, run.betas)
+        torch.testing.assert_close(nodes, expected.eigenvalues, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(weights, expected.eigenvectors[0].square(), rtol=1e-8, atol=1e-11)
+
+
+def test_a_plain_run_ends_where_its_space_does():
+    """One probe in a space of two dimensions next to one that has more: the rest of its row carries no weight."""
+    matrix = symmetric([1.0, 2.0, 3.0, 4.0, 5.0])
+    vectors = torch.linalg.eigh(matrix).eigenvectors.T
+    probes = torch.stack([vectors[0] + vectors[3], vectors.sum(0)])
+    runs = run_probes(hf.as_operator(matrix), probes, 5, "none", None)
+    heavy = runs.weights[0] > 1e-12
+    torch.testing.assert_close(runs.nodes[0][heavy], torch.tensor([1.0, 4.0], dtype=F64))
+    torch.testing.assert_close(runs.weights[0][heavy], torch.tensor([0.5, 0.5], dtype=F64))
+    torch.testing.assert_close(runs.nodes[1], torch.arange(1.0, 6.0, dtype=F64))
