@@ -2,8 +2,8 @@
 
 Claim: the cost of a product stays about the same multiple of a gradient from 10^4 to 10^8 parameters; per batch it does
 not rise with the number of batches, nor per probe with that of probes where activations are not small next to the
-parameters; a density costs its products, so time is linear in the steps (with full reorthogonalization it is not). All in
-gradients of one batch timed in the same run.
+parameters; a density costs its products, so time is linear in the steps (with full reorthogonalization it is not). All
+in gradients of one batch timed in the same run.
 
     python benchmarks/bench_scaling.py --out results
 """

@@ -108,7 +108,7 @@ def _by_row(function: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: T
 
 
 def run_orthogonal(matvec: Callable[[Tensor], Tensor], unit: Tensor, num_steps: int) -> Tridiagonal:
-    """[`lanczos`][hessfunc.lanczos] with full reorthogonalization of one flat run, in about half of its time.
+    """[`lanczos`][hessfunc.lanczos] with full reorthogonalization of one flat run, mostly in one pass.
 
     The second pass of Gram-Schmidt is left out where the first one took next to nothing off, as it nearly always does:
     what it left along the basis is rounding error of the part taken off (Daniel, Gragg, Kaufman and Stewart 1976). To
