@@ -132,8 +132,12 @@ def _orthonormalized(basis: Tensor, block: Tensor, *, threshold: float) -> Tenso
     q, r = torch.linalg.qr(block.T)
     left, lengths, _ = torch.linalg.svd(r.cpu().double())
     kept = left[:, : len(lengths)][:, lengths > threshold]
-    rows = (q @ kept.to(q)).T.contiguous()
     # Householder's method has the rounding of sequential sums, which long vectors in float32 show.
+    return nearest_orthonormal((q @ kept.to(q)).T.contiguous())
+
+
+def nearest_orthonormal(rows: Tensor) -> Tensor:
+    """The orthonormal rows next to rows that nearly are (Löwdin 1950)."""
     lengths, vectors = torch.linalg.eigh(inner(rows, rows).cpu().double())
     return ((vectors * lengths.rsqrt()) @ vectors.T).to(rows) @ rows
 
@@ -147,14 +151,16 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
 
 def project_off(basis: Tensor, rows: Tensor) -> Tensor:
     """Each row without its part along the orthonormal rows of ``basis``."""
-    along = inner(rows, basis)
-    if rows.device.type != "cpu":
-        return torch.addmm(rows, along, basis, alpha=-1)
+    return subtract(rows.clone(), inner(rows, basis), basis)
+
+
+def subtract(rows: Tensor, along: Tensor, basis: Tensor) -> Tensor:
+    """``rows - along @ basis``, in place."""
     # A product of few rows with long ones is three times as fast in pieces that stay in the cache.
-    result, block = torch.empty_like(rows), _columns(rows)
-    for piece, across, out in zip(*(x.split(block, dim=1) for x in (rows, basis, result)), strict=True):
-        torch.addmm(piece, along, across, alpha=-1, out=out)
-    return result
+    block = _columns(rows) if rows.device.type == "cpu" else rows.shape[1]
+    for piece, across in zip(*(x.split(block, dim=1) for x in (rows, basis)), strict=True):
+        piece.addmm_(along, across, alpha=-1)
+    return rows
 
 
 def _columns(rows: Tensor) -> int:

@@ -130,7 +130,7 @@ def _default_positions(nodes: Tensor, sigma: float) -> Tensor:
             f"sigma={sigma:.3g} is too small for a default grid from {low:.3g} to {high:.3g}, which would take "
             f"{steps:.0f} points; expected at most {_MAX_POINTS}. Raise sigma, or pass grid= with the points you need."
         )
-    return torch.linspace(low, high, int(steps) + 2, dtype=torch.float64, device="cpu")
+    return torch.linspace(low, high, round(steps) + 2, dtype=torch.float64, device="cpu")
 
 
 def _checked_grid(grid: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from hessfunc._operators import Operator
 from hessfunc._outliers import Outliers, RitzPairs
 from hessfunc._probe_law import leaf_errors
 from hessfunc._quadrature import Quadrature
-from hessfunc._runs import check_options, continued, deflated_rows, normalized, run_deflated, run_orthogonal
+from hessfunc._runs import check_options, continued, deflated_rows, normalized, run_deflated
+from hessfunc._semiorthogonal import run_semiorthogonal
 from hessfunc._typing import Tensor
 
 
@@ -108,11 +109,12 @@ def krylov(
 ) -> Krylov:
     """Eigenpairs, trace, trace of every leaf, and spectral density from the same products.
 
-    The first probe gets a fully reorthogonalized Lanczos run. Those of its Ritz pairs that are isolated eigenpairs
-    (residual below a hundredth of the gap to the next) get their exact mass ``1 / size``: this is variance-reduced
-    stochastic Lanczos quadrature (Bhattacharjee, Jayaram, C. Musco, C. Musco and Ray 2025, arXiv 2410.21690). All
-    other probes have these eigenvectors projected off before they run, in lockstep, so that only the rest of the
-    spectrum is left to chance::
+    The first probe gets a Lanczos run whose vectors are kept orthogonal to the square root of the rounding unit, by
+    reorthogonalizing two of them whenever that is about to fail (Simon 1984). Those of its Ritz pairs that are
+    isolated eigenpairs (residual below a hundredth of the gap to the next) get their exact mass ``1 / size``: this is
+    variance-reduced stochastic Lanczos quadrature (Bhattacharjee, Jayaram, C. Musco, C. Musco and Ray 2025, arXiv
+    2410.21690). All other probes have these eigenvectors projected off before they run, in lockstep, so that only the
+    rest of the spectrum is left to chance::
 
         tr f(H) ~ sum_exact f(lambda) + (size - num_exact) * mean_probes sum_i weight_i f(node_i)
 
@@ -173,8 +175,9 @@ def krylov(
             num_matvecs=spent,
             num_exact=len(which),
         )
-        first = _leaves(H, own, *_pilot_leaves(H, unit, product, own))
-        others = _leaves(H, found, rest.shares, rest.squares)
+        parts_of_leaves = leaf_sums(found.rows.square(), H)
+        first = _leaves(H, own, parts_of_leaves[simple], *_pilot_leaves(H, unit, product, own))
+        others = _leaves(H, found, parts_of_leaves, rest.shares, rest.squares)
         shares, summands = (torch.cat(parts) for parts in zip(first, others, strict=True))
     law = quadrature.trace()
     trace = Estimate.of(
@@ -194,7 +197,7 @@ def krylov(
 def _pilot(H: Operator, probe: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tridiagonal]:
     unit = normalized(probe.unsqueeze(0))[0]
     product = H.vector(unit)
-    return unit, product, run_orthogonal(continued(H, product), unit, num_steps)
+    return unit, product, run_semiorthogonal(continued(H, product), unit, num_steps)
 
 
 def _pilot_row(
@@ -222,8 +225,11 @@ def _pilot_leaves(H: Operator, unit: Tensor, product: Tensor, own: Outliers) -> 
     return shares, squares
 
 
-def _leaves(H: Operator, outliers: Outliers, shares: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples of the trace of every leaf, that of the outliers included; and what ``leaf_errors`` takes."""
+def _leaves(H: Operator, outliers: Outliers, parts: Tensor, shares: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples of the trace of every leaf, that of the outliers included; and what ``leaf_errors`` takes.
+
+    ``parts`` are those of the outliers' unit vectors that lie in each leaf.
+    """
     dimension = H.size - len(outliers.values)
-    known = outliers.values @ leaf_sums(outliers.rows.square(), H)
+    known = outliers.values @ parts
     return known + dimension * shares, dimension * (squares - shares.square())

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chi2
 
 from hessfunc._checks import check_like
-from hessfunc._deflation import project_off
+from hessfunc._deflation import nearest_orthonormal, project_off
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._lanczos import Tridiagonal, eigh_tridiagonal
 from hessfunc._operators import Operator
@@ -52,6 +52,8 @@ class Outliers(NamedTuple):
 
     def subset(self, mask: Tensor) -> Outliers:
         """The outliers where ``mask`` is true."""
+        if bool(mask.all()):  # no copy of all vectors
+            return self
         return Outliers(self.values[mask], self.rows[mask.to(self.rows.device)], self.reach[mask])
 
     def repeated(self, nodes: Tensor, weights: Tensor, size: int) -> Tensor:
@@ -126,7 +128,9 @@ class RitzPairs(NamedTuple):
 
     def select(self, which: Tensor, size: int) -> Outliers:
         """The pairs of these indices as outliers."""
-        return Outliers(self.values[which], self.rows(which), self.gaps(size)[which] / 4)
+        # The basis of the run is orthonormal to the square root of the rounding unit only.
+        rows = nearest_orthonormal(self.rows(which)) if len(which) else self.rows(which)
+        return Outliers(self.values[which], rows, self.gaps(size)[which] / 4)
 
 
 def no_outliers(H: Operator) -> Outliers:

@@ -52,8 +52,15 @@ def jittered(
 def normal(
     num: int, size: int, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
-    """Standard normal probes of shape ``(num, size)``."""
-    return torch.randn(num, size, generator=generator, device=generator.device, dtype=dtype).to(device)
+    """Standard normal probes of shape ``(num, size)``.
+
+    They come from a stream of their own, whose seed ``generator`` draws. Weights and data are drawn by ``torch.randn``
+    too, and often with the same seed: probes straight from ``generator`` would then be the weights over again, and what
+    they see of the curvature no sample of it.
+    """
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+    stream = torch.Generator(generator.device).manual_seed(int(seed))
+    return torch.randn(num, size, generator=stream, device=generator.device, dtype=dtype).to(device)
 
 
 def sphere(

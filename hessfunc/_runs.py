@@ -10,13 +10,10 @@ import torch
 from hessfunc import tree
 from hessfunc._checks import NonFiniteError, check_choice, check_count, check_generator
 from hessfunc._deflation import leaf_sums
-from hessfunc._lanczos import Tridiagonal, eigh_tridiagonal, lanczos
+from hessfunc._lanczos import eigh_tridiagonal, lanczos
 from hessfunc._operators import Operator
 from hessfunc._outliers import Outliers
 from hessfunc._typing import Tensor
-
-ENOUGH = 0.9
-"""What orthogonalization has to leave of a vector's length for its result to be orthogonal."""
 
 
 class Runs(NamedTuple):
@@ -105,39 +102,6 @@ def _recur(H: Operator, units: Tensor, products: Tensor, num_steps: int) -> tupl
 
 def _by_row(function: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
     return torch.stack([function(a, b) for a, b in zip(left, right, strict=True)]).unsqueeze(1)
-
-
-def run_orthogonal(matvec: Callable[[Tensor], Tensor], unit: Tensor, num_steps: int) -> Tridiagonal:
-    """[`lanczos`][hessfunc.lanczos] with full reorthogonalization of one flat run, mostly in one pass.
-
-    The second pass of Gram-Schmidt is left out where the first one took next to nothing off, as it nearly always does:
-    what it left along the basis is rounding error of the part taken off (Daniel, Gragg, Kaufman and Stewart 1976). To
-    find out, the host looks at two norms a step, which a kernel must not; on a GPU it waits for them.
-    """
-    rows = unit.new_empty(num_steps, len(unit))
-    rows[0] = unit
-    alphas, betas = unit.new_empty(num_steps), unit.new_zeros(num_steps)
-    scale = 0.0
-    for i in range(num_steps):
-        product = matvec(rows[i])
-        alphas[i] = tree.flat_dot(rows[i], product)
-        residual = torch.add(product, -alphas[i] * rows[i])  # anew: the operator may own its product
-        if i:
-            residual.addcmul_(rows[i - 1], betas[i - 1], value=-1)
-        length, before = float(tree.flat_norm(residual)), torch.inf
-        while length < ENOUGH * before and before > 0:
-            before = length
-            residual.addmv_(rows[: i + 1].T, tree.flat_dot(rows[: i + 1], residual), alpha=-1)
-            length = float(tree.flat_norm(residual))
-        scale = max(scale, abs(float(alphas[i])), length)
-        if length <= 10 * torch.finfo(unit.dtype).eps * scale:  # the space is exhausted
-            rows[i + 1 :] = 0
-            alphas[i + 1 :] = 0
-            break
-        betas[i] = length
-        if i + 1 < num_steps:
-            torch.div(residual, length, out=rows[i + 1])
-    return Tridiagonal(alphas, betas[:-1], rows, betas[-1])
 
 
 def _joined(pieces: list[Runs]) -> Runs:

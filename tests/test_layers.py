@@ -52,6 +52,7 @@ LAYERS = {
             "_quadrature",
             "_outliers",
             "_runs",
+            "_semiorthogonal",
             "_krylov",
             "_slq",
         ),

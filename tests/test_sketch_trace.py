@@ -185,8 +185,8 @@ def test_on_a_decaying_spectrum_they_beat_hutchinson_at_equal_cost(method):
 def test_a_rank_below_the_number_of_probes_gives_the_exact_trace(method, dtype):
     matrix = symmetric([4.0, 3.0, 3.0, 1.0, *[0.0] * 56], dtype=dtype)
     estimate = method(hf.as_operator(matrix), num_probes=12, generator=seeded(1))
-    close = 1e-10 if dtype == F64 else 1e-3
-    assert float(estimate) == pytest.approx(11, rel=close / 10)
+    close = 1e-10 if dtype == F64 else 2e-3
+    assert float(estimate) == pytest.approx(11, rel=close / 20)
     assert float(estimate.stderr) < close
     spent = {deflated: 12, hutchpp: 6 + 4 + 6, xtrace: 12 + 4, xnystrace: 12}[method]
     assert estimate.num_matvecs == spent
@@ -342,11 +342,11 @@ def test_the_same_seed_gives_the_same_estimate_whatever_the_chunk(method):
 @pytest.mark.parametrize("method", [xtrace, xnystrace])
 def test_probes_added_under_a_tolerance_are_those_of_a_fixed_number(method):
     counted = CountingRows(symmetric(DECAYING))
-    grown = method(counted.operator, rtol=0.08, generator=seeded())
+    grown = method(counted.operator, rtol=0.05, generator=seeded())
     k = len(grown.samples)
     assert 8 < k < 30
     assert grown.num_matvecs == sum(counted.passes) == COST[method](k)
-    assert grown.half_width() <= 0.08 * float(grown)
+    assert grown.half_width() <= 0.05 * float(grown)
     fixed = method(counted.operator, num_probes=k, generator=seeded())
     torch.testing.assert_close(grown.samples, fixed.samples, rtol=1e-9, atol=1e-9)
     assert float(grown.stderr) == pytest.approx(float(fixed.stderr), rel=1e-7)
