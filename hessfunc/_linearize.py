@@ -11,7 +11,7 @@ from torch.fx import Node
 from hessfunc._agreement import Summary
 from hessfunc._joint import joint_program
 from hessfunc._memory import Memory
-from hessfunc._placed import least_program
+from hessfunc._placed import least_program, program_into
 from hessfunc._program import Program, needed, program
 from hessfunc._reassociate import reassociate
 from hessfunc._recorder import NotRecordableError, Recording, record, select_result
@@ -94,8 +94,15 @@ class Linearized:
         """Evaluate all that does not depend on the tangent."""
         return self._primal(*primals)
 
-    def apply(self, primals: Sequence[Tensor], residuals: Sequence[Tensor], tangent: Tensor) -> Tensor:
-        """The result for one tangent, from the residuals at ``primals``; memory of its own."""
+    def apply(
+        self, primals: Sequence[Tensor], residuals: Sequence[Tensor], tangent: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """The result for one tangent, from the residuals at ``primals``; memory of its own, or ``out`` of its shape."""
+        if out is not None:
+            if self._into is None:
+                return out.copy_(self._tangent(*primals, *residuals, tangent)[0])
+            self._into(*primals, *residuals, tangent, out)
+            return out
         return self._own(self._tangent(*primals, *residuals, tangent)[0], tangent)
 
     def apply_once(self, primals: Sequence[Tensor], tangent: Tensor) -> Tensor:
@@ -121,6 +128,13 @@ class Linearized:
         if self._compile:  # a compiler places results itself
             return torch.compile(program(self._recording, inputs, needed(moving, outputs), outputs), dynamic=False)
         return least_program(self._recording, inputs, moving)
+
+    @cached_property
+    def _into(self) -> Program | None:
+        *primals, tangent = self._recording.inputs
+        moving = [node for node in self._body if node in self._moving]
+        inputs = [*primals, *self._residuals, tangent]
+        return None if self._compile else program_into(self._recording, inputs, moving)
 
     @cached_property
     def _joint(self) -> Program:

@@ -46,6 +46,14 @@ def least_program(
     return program(recording, inputs, steps, recording.outputs)
 
 
+def program_into(recording: Recording, inputs: Sequence[Node], body: Sequence[Node]) -> Program | None:
+    """``(*inputs, out) -> results``, written to ``out`` of their shape; None if the result is not made of parts."""
+    placed = _Placed.of(recording, needed(body, recording.outputs), into=True)
+    if placed is None:
+        return None
+    return program(recording, [*inputs, placed.whole], _steps(placed.body, placed.outputs, {}), placed.outputs)
+
+
 def _steps(body: Sequence[Node], outputs: Sequence[Node], again: Mapping[Node, Sequence[Node]]) -> list[Node]:
     return [step for node in needed(body, outputs) for step in (*again.get(node, ()), node)]
 
@@ -56,10 +64,13 @@ class _Placed:
     Attributes:
         body: the operations.
         outputs: the result.
+        whole: the memory of the result, which the body sets aside or, with ``into``, is given.
     """
 
+    whole: Node
+
     @classmethod
-    def of(cls, recording: Recording, body: Sequence[Node]) -> _Placed | None:
+    def of(cls, recording: Recording, body: Sequence[Node], *, into: bool = False) -> _Placed | None:
         """In place of ``body``; None where its result is not joined from parts that it computes."""
         (output,) = recording.outputs
         joined = output.args[0] if output.target is _aten.unsqueeze.default else output
@@ -76,7 +87,7 @@ class _Placed:
         ready = all(source in placed._known and recording.storage[source] not in written for source in sources)
         if not ready or len(set(sources)) < len(sources):
             return None
-        placed._place(output, joined, list(zip(parts, sources, strict=True)), dim)
+        placed._place(output, joined, list(zip(parts, sources, strict=True)), dim, into)
         return placed
 
     def __init__(self, recording: Recording, body: Sequence[Node]) -> None:
@@ -86,11 +97,16 @@ class _Placed:
         self.body = list(body)
         self.outputs = recording.outputs
 
-    def _place(self, output: Node, joined: Node, parts: list[tuple[Node, Node]], dim: int) -> None:
+    def _place(self, output: Node, joined: Node, parts: list[tuple[Node, Node]], dim: int, into: bool) -> None:
         values = self._recording.values
         shape, dtype = list(values[joined].shape), values[joined].dtype
-        whole = self._made(_aten.new_empty.default, self._recording.inputs[-1], shape, dtype=dtype)
-        values[whole] = values[joined]
+        if into:
+            self.whole = self._recording.graph.create_node("placeholder", "out")
+            self._recording.storage[self.whole] = self._storage
+            whole = self._made(_aten.view.default, self.whole, shape)
+        else:
+            whole = self.whole = self._made(_aten.new_empty.default, self._recording.inputs[-1], shape, dtype=dtype)
+        values[whole] = values[self.whole] = values[joined]
         instead: dict[Node, list[Node]] = {}
         start = 0
         for part, source in parts:

@@ -22,7 +22,7 @@ from hessfunc._trial import Point, Trial
 from hessfunc._typing import Loss, Params, Tensor
 
 MAX_LANES = 8
-LANE_ELEMENTS, CPU_LANE_ELEMENTS = 1 << 20, 1 << 18
+LANE_ELEMENTS, CPU_LANE_ELEMENTS = 1 << 20, 1 << 17
 """Lanes of one operation hold about this many numbers at most: beyond that batching saves no overhead any more, and on
 the CPU what does not fit into the cache costs more than it saves."""
 
@@ -94,27 +94,33 @@ class TracedProduct:
         signature = trial.signature
         if self._programs.eager or signature is None:
             return self._run_eagerly(trial, rows)
-        results: list[Tensor] = []
         pieces = self._lanes(signature, rows.shape[0])
         way = Way(position, keep, alone=len(pieces) == 1, shared={})
+        whole = None if way.alone else rows.new_empty(len(rows), self._point.image.size, dtype=self._point.image.dtype)
+        start = 0
         for lanes in pieces:
-            start = sum(map(len, results))
             piece = rows[start : start + lanes]
+            out = None if whole is None else whole[start : start + lanes]
+            start += lanes
             program = self._programs.traced.get((signature, lanes))
             result = None
             if program is None:
                 program, result = self._trace(trial, signature, piece, way)
             if program is not None and result is None:
-                result = self._apply(program, trial, piece, way)
+                result = self._apply(program, trial, piece, way, out)
             if result is None:
                 return self._run_eagerly(trial, rows)
-            results.append(result)
-        return torch.cat(results) if len(results) > 1 else results[0]
+            if whole is None or out is None:
+                return result
+            if result is not out:
+                out.copy_(result)
+        assert whole is not None
+        return whole
 
     def _trial(self, batch: tuple[Any, ...]) -> Trial:
         return Trial(self._programs.rule, self._loss, self._point, batch)
 
-    def _apply(self, program: Linearized, trial: Trial, rows: Tensor, way: Way) -> Tensor | None:
+    def _apply(self, program: Linearized, trial: Trial, rows: Tensor, way: Way, out: Tensor | None) -> Tensor | None:
         primals = trial.primals
         in_one = self._in_one(program, primals, way)
         if in_one not in program.checked:
@@ -126,7 +132,7 @@ class TracedProduct:
             return result
         if in_one:
             return program.apply_once(primals, rows)
-        return program.apply(primals, self._residuals(program, primals, way), rows)
+        return program.apply(primals, self._residuals(program, primals, way), rows, out)
 
     def _in_one(self, program: Linearized, primals: list[Tensor], way: Way) -> bool:
         """Whether to do without residuals: they would serve no other product, or are too large to."""

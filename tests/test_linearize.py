@@ -248,6 +248,45 @@ def test_python_numbers_in_a_batch_are_part_of_what_is_traced():
         assert torch.allclose(H.vector(torch.ones(3)), torch.full((3,), 4.0))
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize(
+    "model", [conv_net, lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()]
+)
+def test_pieces_are_written_to_one_result(model, chunk_size):
+    """Each where it ends up, and nothing of it is touched again by later products."""
+    model = model().eval()
+    inputs = torch.randn(6, 3, 8, 8).double() if isinstance(model[0], nn.Conv2d) else torch.randn(6, 4).double()
+    loss, params = hf.module_loss(model, F.cross_entropy)
+    batches = [(inputs, torch.tensor([0, 1, 2, 0, 1, 2])), (inputs[:4], torch.tensor([2, 1, 0, 0]))]
+    for data in (batches[0], batches):
+        H = hf.hessian(loss, params, data, chunk_size=chunk_size)
+        vectors = torch.randn(5, H.size).double()
+        expected = torch.stack([H.vector(vector) for vector in vectors])
+        found = [H.rows(vectors) for _ in range(PATIENCE + 3)]
+        assert all(relative(rows, expected) < 1e-12 for rows in found)
+        assert H.rows(vectors[:0]).shape == (0, H.size)
+
+
+def test_most_of_a_product_is_computed_in_place():
+    """A result that parts are joined to in the end would exist twice."""
+    loss, params = hf.module_loss(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), F.cross_entropy)
+    H = hf.hessian(loss, params, (torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])), chunk_size=1)
+    vectors = torch.randn(3, H.size)
+    H.rows(vectors)
+    joined = Counter()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.numel() >= H.size:
+                joined[func] += 1
+            return result
+
+    with Watch():
+        H.rows(vectors)
+    assert torch.ops.aten.cat.default not in joined
+
+
 def test_lanes_follow_chunk_size():
     sizes = []
 
@@ -259,9 +298,9 @@ def test_lanes_follow_chunk_size():
     expected = H.rows(vectors)
     original = Linearized.apply
 
-    def watched(self, primals, residuals, tangent):
+    def watched(self, primals, residuals, tangent, out=None):
         sizes.append(tangent.shape[0])
-        return original(self, primals, residuals, tangent)
+        return original(self, primals, residuals, tangent, out)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Linearized, "apply", watched)
