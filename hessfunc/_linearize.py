@@ -147,17 +147,19 @@ def replayed(
     rows: Callable[[], Tensor],
     program: Linearized,
     eager: Summary,
-    *,
-    in_one: bool,
+    residuals: Callable[[], Sequence[Tensor]] | None,
 ) -> Tensor | None:
-    """The product with ``rows()`` as the program gives it from now on, or None if it is not that of the function."""
+    """The product with ``rows()`` as the program gives it from now on, or None if it is not that of the function.
+
+    ``residuals`` gives those at ``primals``; None stands for all in one program.
+    """
     if not bool(torch.isfinite(eager.norm)):
         return function(*primals, rows())
 
     def replay(rows: Tensor) -> Tensor:
-        return program.apply_once(primals, rows) if in_one else program.apply(primals, residuals, rows)
+        return program.apply_once(primals, rows) if known is None else program.apply(primals, known, rows)
 
-    residuals = [] if in_one else program.residuals(primals)
+    known = None if residuals is None else residuals()
     result = replay(rows())
     tolerance = min(100 * program.eps**0.75, 0.1)
     if not Summary.of(result).agrees(eager, tolerance):
@@ -167,7 +169,7 @@ def replayed(
         other = other.reshape(vector.shape).cos()
         if not Summary.of(replay(other)).agrees(Summary.of(function(*primals, other)), tolerance):
             return None
-    program.checked.add(in_one)
+    program.checked.add(residuals is None)
     return result
 
 

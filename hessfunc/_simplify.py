@@ -122,6 +122,8 @@ def _replace(recording: Recording, node: Node, by: Node) -> None:
 
 def merge_storage(recording: Recording, old: int, new: int) -> None:
     """Note that what was views of one memory is views of another."""
+    if old == new:  # as for an alias, so in most cases
+        return
     for node, storage in recording.storage.items():
         if storage == old:
             recording.storage[node] = new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -124,15 +124,20 @@ class TracedProduct:
         primals = trial.primals
         in_one = self._in_one(program, primals, way)
         if in_one not in program.checked:
-            result = replayed(
-                trial.function, primals, lambda: rows, program, Summary.of(trial.rows(rows)), in_one=in_one
-            )
+            eager = Summary.of(trial.rows(rows))
+            result = replayed(trial.function, primals, lambda: rows, program, eager, self._source(program, trial, way))
             if result is None:
                 self._give_up("the replayed product differs from the eager one")
             return result
         if in_one:
             return program.apply_once(primals, rows)
         return program.apply(primals, self._residuals(program, primals, way), rows, out)
+
+    def _source(self, program: Linearized, trial: Trial, way: Way) -> Callable[[], list[Tensor]] | None:
+        """Where the program gets residuals from; None if it does without."""
+        if self._in_one(program, trial.primals, way):
+            return None
+        return lambda: self._residuals(program, trial.primals, way)
 
     def _in_one(self, program: Linearized, primals: list[Tensor], way: Way) -> bool:
         """Whether to do without residuals: they would serve no other product, or are too large to."""
@@ -185,9 +190,9 @@ class TracedProduct:
                 trial.check_repeats(program, probe)
                 reason = "the loss draws random numbers"
                 break
-            in_one = self._in_one(program, primals, way)
             try:
-                result = replayed(trial.function, primals, probe, program, eager, in_one=in_one)
+                residuals = self._source(program, trial, way)
+                result = replayed(trial.function, primals, probe, program, eager, residuals)
             except RuntimeError:
                 if not rewrite:
                     raise
@@ -207,6 +212,7 @@ class TracedProduct:
 
     def _give_up(self, reason: str) -> None:
         self._programs.eager = True
+        self._kept.clear()
         warnings.warn(
             f"the product cannot be traced ({reason}); each one now repeats the whole loss and gradient, which is "
             "slower and otherwise the same. hessian(..., linearize=False) does so without this warning.",
