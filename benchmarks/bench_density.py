@@ -73,7 +73,7 @@ def measure(
         draw = torch.Generator().manual_seed(seed)
         return slq(H, num_steps=steps, num_probes=probes, **METHODS[method], generator=draw)
 
-    runs = [run(seed) for seed in range(options.repeats)]
+    runs = [run(harness.FIRST_SEED + i) for i in range(options.repeats)]
     width, trace, limit = float(truth[-1] - truth[0]), float(truth.sum()), 0.05 * float(truth.abs().max())
     traces = [quadrature.trace() for quadrature in runs]
     errors = [float(estimate.value) - trace for estimate in traces]

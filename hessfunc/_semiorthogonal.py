@@ -31,7 +31,7 @@ def run_semiorthogonal(matvec: Callable[[Tensor], Tensor], unit: Tensor, num_ste
     then as accurate as with full reorthogonalization, up to rounding, and the basis is orthonormal up to that square
     root. On trained networks in float32 this happens at about every fourth step.
 
-    The host looks at two numbers a step, which a kernel must not; on a GPU it waits for them.
+    The host looks at a few numbers a step, which a kernel must not; on a GPU it waits for them.
     """
     eps = torch.finfo(unit.dtype).eps
     rows = unit.new_empty(num_steps + 1, len(unit))
