@@ -55,6 +55,7 @@ LAYERS = {
             "_krylov",
             "_slq",
         ),
+        *("_exact_diagonal", "_split_trace"),
         *("_diagonal", "_sharpness", "_blocks", "_minibatch", "_trajectory", "_track"),
     ],
     "analysis": [
