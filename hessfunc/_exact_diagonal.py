@@ -21,6 +21,9 @@ from hessfunc._typing import Batch, Loss, Params, Tensor
 CHUNK_BYTES = 2**28
 """Gradients of one sample to hold at a time unless ``chunk_size`` says otherwise."""
 
+ROW_BY_ROW = 2**15
+"""Entries of a leaf from which on its gradients are squared one by one: fresh memory costs more than the calls."""
+
 
 @dataclass(frozen=True)
 class ExactDiagonal:
@@ -187,7 +190,7 @@ class Samples:
         for number in range(self.num_samples):
             for gradients in self._pulled(number, chunk):
                 for total, leaf in zip(totals, tree.leaves(gradients), strict=True):
-                    total.add_(leaf.to(layout.dtype).square().sum(0))
+                    _add_squares(total, leaf.to(layout.dtype))
         return torch.cat([total.reshape(-1) for total in totals])
 
     def _pulled(self, number: int, chunk: int) -> Iterator[Params]:
@@ -254,3 +257,11 @@ class Samples:
             "each sample: BatchNorm in train mode normalizes by the batch and dropout draws anew (call model.eval()), "
             "or the samples do not lie along the leading axis. hessfunc.ggn with hutchinson or xdiag needs neither."
         )
+
+
+def _add_squares(total: Tensor, rows: Tensor) -> None:
+    if total.numel() < ROW_BY_ROW:
+        total.add_(rows.square().sum(0))
+        return
+    for row in rows:
+        total.addcmul_(row, row)
