@@ -115,8 +115,8 @@ class Estimate:
         """
         if self.leaf_names != known.leaf_names:
             raise ValueError(
-                f"the estimates to be added have leaves {outline(known.leaf_names)} and {outline(self.leaf_names)}; both "
-                "must be of matrices over the same parameters."
+                f"the estimates to be added have leaves {outline(known.leaf_names)} and {outline(self.leaf_names)}; "
+                "both must be of matrices over the same parameters."
             )
         stderr, dof = _joined(self.stderr, self._dof(), known.stderr, known._dof())
         shared: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from hessfunc._hessian import hessian
 from hessfunc._operators import Operator
 from hessfunc._probes import signs
 from hessfunc._stopping import Stopping
-from hessfunc._trace import chunk_length, hutchinson
+from hessfunc._trace import chunk_length, probed
 from hessfunc._typing import Batch, Params, Tensor
 
 ROUNDING = 100
@@ -107,11 +107,12 @@ def split_trace(
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> call, params = hf.functionalize(model)
         >>> criterion, batch = torch.nn.functional.cross_entropy, (torch.ones(2, 4), torch.tensor([0, 2]))
-        >>> trace = hf.split_trace(call, criterion, params, batch, rtol=0.01, generator=torch.Generator().manual_seed(0))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> trace = hf.split_trace(call, criterion, params, batch, rtol=0.01, generator=generator)
         >>> bool(trace.stderr < 1e-4 * trace.value), trace.num_matvecs
         (True, 2)
     """
-    Stopping.of(num_probes, rtol, atol, confidence, max_probes)
+    stopping = Stopping.of(num_probes, rtol, atol, confidence, max_probes)
     check_generator(generator)
     check_count(max_outputs, name="max_outputs")
     weighting: dict[str, Any] = {"reduction": reduction, "count": count}
@@ -139,23 +140,17 @@ def split_trace(
     options: dict[str, Any] = {"chunk_size": chunk_size, "memory_budget": memory_budget, "check": check}
     H = hessian(some.loss, params, data, **weighting, **options)
     G = ggn(model_fn, criterion, params, data, **weighting, **options)
-    estimate = hutchinson(
-        H - G,
-        num_probes=num_probes,
-        rtol=rtol,
-        atol=atol,
-        confidence=confidence,
-        max_probes=max_probes,
-        plus=exact,
-        chunk_size=chunk_size,
-        generator=generator,
+    estimate = probed(H - G, stopping, plus=exact, chunk_size=chunk_size, generator=generator)
+    stopping.warn_unless_met(
+        estimate,
+        method="split_trace",
+        advice="Raise max_probes, deflate eigenpairs of the Hessian in hessfunc.hutchinson, or ask for less.",
+        stacklevel=2,
     )
     return replace(estimate, num_matvecs=2 * estimate.num_matvecs - spent)
 
 
-def _look(
-    some: Samples, data: Any, weighting: dict[str, Any], generator: torch.Generator
-) -> tuple[Tensor | None, int]:
+def _look(some: Samples, data: Any, weighting: dict[str, Any], generator: torch.Generator) -> tuple[Tensor | None, int]:
     """``|E (H - G) v| / |E G v|`` for each leaf if all of these are rounding, else ``None``; and products spent."""
     layout = tree.Layout.of(some.params)
     if min(torch.finfo(dtype).bits for dtype in layout.dtypes) < 32:

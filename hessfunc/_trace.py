@@ -113,6 +113,29 @@ def hutchinson(
         ['a', 'b']
     """
     stopping = Stopping.of(num_probes, rtol, atol, confidence, max_probes)
+    estimate = probed(
+        H, stopping, deflate=deflate, plus=plus, sampler=sampler, chunk_size=chunk_size, generator=generator
+    )
+    stopping.warn_unless_met(
+        estimate,
+        method="hutchinson",
+        advice="Raise max_probes, deflate eigenpairs of large magnitude (deflate=), or ask for less.",
+        stacklevel=2,
+    )
+    return estimate
+
+
+def probed(
+    H: Operator,
+    stopping: Stopping,
+    *,
+    deflate: Eigenpairs | Params | None = None,
+    plus: Estimate | None = None,
+    sampler: Sampler = signs,
+    chunk_size: int | None,
+    generator: torch.Generator,
+) -> Estimate:
+    """What [`hutchinson`][hessfunc.hutchinson] returns, without its warning."""
     check_generator(generator)
     chunk = chunk_length(H, chunk_size)
     if plus is not None:
@@ -128,20 +151,15 @@ def hutchinson(
             estimate = _estimate(H, known, law, plus, parts)
             following = stopping.following(estimate, count)
             if following is None:
-                break
+                return estimate
             goal = following
-    stopping.warn_unless_met(
-        estimate,
-        method="hutchinson",
-        advice="Raise max_probes, deflate eigenpairs of large magnitude (deflate=), or ask for less.",
-        stacklevel=2,
-    )
-    return estimate
 
 
 def _check_plus(plus: Estimate, H: Operator) -> None:
     if not isinstance(plus, Estimate):
-        raise TypeError(f"plus is of type {type(plus).__name__}, expected an Estimate, such as ggn_diagonal(...).trace.")
+        raise TypeError(
+            f"plus is of type {type(plus).__name__}, expected an Estimate, such as ggn_diagonal(...).trace."
+        )
     if plus.leaf_samples is None or plus.leaf_names != H.layout.names:
         raise ValueError(
             f"plus has leaves {outline(plus.leaf_names)}, but H has {outline(H.layout.names)}; it must be an estimate "
@@ -161,9 +179,7 @@ def _checked_samples(
     return samples
 
 
-def _estimate(
-    H: Operator, known: Deflation, law: ProbeLaw, plus: Estimate | None, parts: list[Tensor]
-) -> Estimate:
+def _estimate(H: Operator, known: Deflation, law: ProbeLaw, plus: Estimate | None, parts: list[Tensor]) -> Estimate:
     leaf_samples = torch.cat(parts)
     plain = Estimate.of(
         leaf_samples.sum(1),
