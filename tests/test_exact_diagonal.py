@@ -142,12 +142,75 @@ def test_other_pytrees_and_chunks_and_float32():
     assert relative_error(hf.ggn_diagonal(model_fn, F.cross_entropy, *single).value, exact.value) < 1e-5
 
 
+class Twice(nn.Module):
+    """A linear layer that enters twice, the second time where only torch's graph shows it."""
+
+    def __init__(self, again: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.again = again
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(torch.tanh(self.linear(x)), self.linear)
+
+
+class Hidden(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x @ w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, _output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, w = ctx.saved_tensors
+        return gradients[0] @ w.T, x.T @ gradients[0]
+
+
+LINEAR: dict[str, Any] = {
+    "mlp": (mlp, True),
+    "in place": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3, bias=False)), True),
+    "twice": (lambda: Twice(lambda z, f: f(z)), False),
+    "twice, a transpose": (lambda: Twice(lambda z, f: z @ f.weight), False),
+    "twice, a function": (lambda: Twice(lambda z, f: Hidden.apply(z, f.weight)), False),
+    "a bias twice": (lambda: Twice(lambda z, f: z * f.bias), False),
+    "under vmap": (lambda: Twice(lambda z, _: torch.func.vmap(lambda row: torch.tanh(row))(z)), True),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_layers_by_factors(name, monkeypatch):
+    build, factored = LINEAR[name]
+    call, params = functional(build)
+    batch = (randn(5, 4), LABELS)
+    loss = lambda z, _: F.mse_loss(z, torch.zeros_like(z))  # noqa: E731
+    outputs = torch.func.jacrev(call)(params, batch[0])
+    jacobian = torch.cat([leaf.flatten(2) for leaf in tree.leaves(outputs)], 2)
+    expected = 2 * jacobian.square().sum((0, 1)) / call(params, batch[0]).numel()
+    taken = []
+    monkeypatch.setattr("hessfunc._exact_diagonal.Samples._pulled", lambda *_: taken.append(1) or iter(()))
+    by_factors = hf.ggn_diagonal(call, loss, params, batch)
+    assert bool(taken) != factored
+    if factored:
+        assert relative_error(tree.Layout.of(params).ravel(by_factors.value), expected) < 1e-10
+    monkeypatch.undo()
+    exact = hf.ggn_diagonal(call, loss, params, batch)
+    assert relative_error(tree.Layout.of(params).ravel(exact.value), expected) < 1e-10
+
+
 def test_large_leaves_are_squared_row_by_row(monkeypatch):
     call, params = functional(mlp)
     exact = hf.ggn_diagonal(call, *CASES["mlp"][1:2], params, CASES["mlp"][2])
+    monkeypatch.setattr("hessfunc._exact_diagonal.factored_squares", lambda *_: None)
+    one_by_one = hf.ggn_diagonal(call, *CASES["mlp"][1:2], params, CASES["mlp"][2])
+    assert relative_error(one_by_one.value, exact.value) < 1e-12
     monkeypatch.setattr("hessfunc._exact_diagonal.ROW_BY_ROW", 1)
     other = hf.ggn_diagonal(call, *CASES["mlp"][1:2], params, CASES["mlp"][2])
-    assert relative_error(other.value, exact.value) < 1e-14
+    assert relative_error(other.value, one_by_one.value) < 1e-14
 
 
 @pytest.mark.parametrize("build", [lambda: mlp(nn.ReLU), convolutional])
