@@ -214,10 +214,7 @@ class Samples:
         squares = factored_squares(likelihood, self.params, self.num_samples)
         if squares is None:
             return None
-        for number in range(self.num_samples):
-            with self._uncoupled(number):
-                outputs = evaluated(self.model_fn, self.params, *self._part(number, number + 1)[0])
-            self._check_alone(outputs, number)
+        self._check_each_alone()
         return torch.cat([square.reshape(-1) for square in squares])
 
     def _pulled(self, number: int, chunk: int) -> Iterator[Params]:
@@ -252,11 +249,13 @@ class Samples:
         """Inputs and target of some samples."""
 
         def part(leaf: Any) -> Any:
-            shared = isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == self.num_samples
-            return leaf[start:stop] if shared else leaf
+            return leaf[start:stop] if self._shared(leaf) else leaf
 
         inputs, target = split_batch(self.batch)
         return tree.map_leaves(part, inputs), tree.map_leaves(lambda leaf: self._rows(leaf, start, stop), target)
+
+    def _shared(self, leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.num_samples
 
     def _rows(self, leaf: Any, start: int, stop: int) -> Any:
         """These samples' part of an output or a target; several rows each where all rows lie in a line."""
@@ -274,6 +273,26 @@ class Samples:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise self._coupled(number) from error
+
+    def _check_each_alone(self) -> None:
+        leaves, spec = tree.flatten(split_batch(self.batch)[0])
+        shared = [n for n, leaf in enumerate(leaves) if self._shared(leaf)]
+
+        def one(*rows: Tensor) -> Any:
+            alone = dict(zip(shared, (row.unsqueeze(0) for row in rows), strict=True))
+            inputs = tree.unflatten([alone.get(n, leaf) for n, leaf in enumerate(leaves)], spec)
+            return self.model_fn(self.params, *inputs)
+
+        try:
+            outputs = evaluated(lambda _params, *rows: torch.func.vmap(one)(*rows), (), *[leaves[n] for n in shared])
+        except (RuntimeError, ValueError):  # vmap lacks a rule, or BatchNorm has one sample alone
+            for number in range(self.num_samples):
+                with self._uncoupled(number):
+                    outputs = evaluated(self.model_fn, self.params, *self._part(number, number + 1)[0])
+                self._check_alone(outputs, number)
+            return
+        for number in range(self.num_samples):
+            self._check_alone(tree.map_leaves(lambda leaf, n=number: leaf[n], outputs), number)
 
     def _check_alone(self, outputs: Any, number: int) -> None:
         """Raise if a sample has other outputs alone than in its batch."""
