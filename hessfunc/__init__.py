@@ -16,6 +16,8 @@ from hessfunc._diagonal import xdiag as xdiag
 from hessfunc._eigenpairs import Eigenpairs as Eigenpairs
 from hessfunc._eigsh import eigsh as eigsh
 from hessfunc._estimate import Estimate as Estimate
+from hessfunc._exact_diagonal import ExactDiagonal as ExactDiagonal
+from hessfunc._exact_diagonal import ggn_diagonal as ggn_diagonal
 from hessfunc._fisher import fisher as fisher
 from hessfunc._fisher import fishervp as fishervp
 from hessfunc._gauss_newton import ggn as ggn
@@ -57,6 +59,7 @@ from hessfunc._sketch_trace import hutchpp as hutchpp
 from hessfunc._sketch_trace import xnystrace as xnystrace
 from hessfunc._sketch_trace import xtrace as xtrace
 from hessfunc._slq import slq as slq
+from hessfunc._split_trace import split_trace as split_trace
 from hessfunc._trace import hutchinson as hutchinson
 from hessfunc._track import TrackState as TrackState
 from hessfunc._track import track as track

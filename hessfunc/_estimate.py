@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from scipy import stats
@@ -97,6 +98,51 @@ class Estimate:
             leaf_stderr=None if self.leaf_stderr is None else abs(factor) * self.leaf_stderr,
         )
 
+    def plus(self, known: Estimate) -> Estimate:
+        """The estimate of the sum with ``known``, whose samples are independent of these.
+
+        The errors join in quadrature, their degrees of freedom by Satterthwaite's formula. The samples are these ones
+        moved by the value of ``known``, since the numbers of samples may differ.
+
+        Raises:
+            ValueError: the leaves have other names, or one of the two has none.
+
+        Example:
+            >>> import torch
+            >>> three = Estimate.of(torch.tensor([3.0, 3.0]), num_matvecs=0)
+            >>> Estimate.of(torch.tensor([9.0, 10.0, 11.0, 10.0]), num_matvecs=4).plus(three)
+            Estimate(13 ± 0.41, num_samples=4, num_matvecs=4)
+        """
+        if self.leaf_names != known.leaf_names:
+            raise ValueError(
+                f"the estimates to be added have leaves {outline(known.leaf_names)} and {outline(self.leaf_names)}; "
+                "both must be of matrices over the same parameters."
+            )
+        stderr, dof = _joined(self.stderr, self._dof(), known.stderr, known._dof())
+        shared: dict[str, Any] = {}
+        if self.leaf_samples is not None and known.leaf_samples is not None:
+            errors = [e for x in (self, known) for e in x._leaf_errors()]
+            leaf_stderr, leaf_dof = _joined(*errors)
+            moved = self.leaf_samples + known.leaf_samples.mean(0)
+            shared = {"leaf_samples": moved, "leaf_stderr": leaf_stderr, "leaf_dof": leaf_dof}
+        return replace(
+            self,
+            value=self.value + known.value,
+            stderr=stderr,
+            samples=self.samples + known.value,
+            num_matvecs=self.num_matvecs + known.num_matvecs,
+            dof=float(dof),
+            **shared,
+        )
+
+    def _dof(self) -> Tensor:
+        return self.value.new_tensor(max(len(self.samples) - 1, 1) if self.dof is None else self.dof)
+
+    def _leaf_errors(self) -> tuple[Tensor, Tensor]:
+        """Standard errors of the leaves and their degrees of freedom, spelled out."""
+        shares = list(self.per_leaf.values())
+        return torch.stack([share.stderr for share in shares]), torch.stack([share._dof() for share in shares])
+
     def half_width(self, confidence: float = 0.95) -> float:
         """Half the width of [`interval`][hessfunc.Estimate.interval]; infinite for a single sample."""
         check_confidence(confidence)
@@ -150,6 +196,21 @@ class Estimate:
             f"Estimate({float(self.value):.6g} ± {float(self.stderr):.2g}, "
             f"num_samples={self.samples.shape[0]}, num_matvecs={self.num_matvecs})"
         )
+
+
+def _joined(left: Tensor, left_dof: Tensor, right: Tensor, right_dof: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard error of a sum of independent numbers, and its degrees of freedom."""
+    stderr = torch.hypot(left, right)
+    known = (stderr > 0) & (stderr < torch.inf)
+    unit = torch.where(known, stderr, 1.0)
+    weight = (left / unit) ** 4 / left_dof + (right / unit) ** 4 / right_dof
+    return stderr, torch.where(known, 1 / torch.where(known, weight, 1.0), left_dof)
+
+
+def outline(names: Sequence[str]) -> str:
+    """The first of the names of leaves, for messages."""
+    shown = ", ".join(map(repr, names[:4]))
+    return f"[{shown}{f', ... ({len(names)} in all)' if len(names) > 4 else ''}]"
 
 
 def check_confidence(confidence: float) -> None:

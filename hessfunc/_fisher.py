@@ -153,16 +153,6 @@ def fisher(
         True
     """
     _check_kind(kind, num_samples, generator)
-    loss = composed(model_fn, criterion)
-
-    def checked(params: Params, *batch: Any) -> Tensor:
-        given = observed(model_fn, criterion, params, batch).options["reduction"]
-        if given != reduction:
-            raise ValueError(
-                f"reduction={reduction!r}, but the criterion reduces over its batch by {given!r}; pass that one."
-            )
-        return loss(params, *batch)
-
     samples = None
     if generator is not None:
         samples = _Samples(model_fn, criterion, tree.detach(params), num_samples, generator)
@@ -174,7 +164,7 @@ def fisher(
 
     operator = over_batches(
         [Rule(product)],
-        checked,
+        checked_loss(model_fn, criterion, reduction),
         params,
         data,
         name="Fisher product",
@@ -189,6 +179,21 @@ def fisher(
     if samples is not None:
         samples.draw(Batches.of(data, reduction=reduction, count=count, device=operator.device))
     return operator
+
+
+def checked_loss(model_fn: ModelFn, criterion: Criterion, reduction: str) -> Loss:
+    """``loss(params, *inputs, target)``, which raises unless it is a negative log-likelihood reduced in that way."""
+    loss = composed(model_fn, criterion)
+
+    def checked(params: Params, *batch: Any) -> Tensor:
+        given = observed(model_fn, criterion, params, batch).options["reduction"]
+        if given != reduction:
+            raise ValueError(
+                f"reduction={reduction!r}, but the criterion reduces over its batch by {given!r}; pass that one."
+            )
+        return loss(params, *batch)
+
+    return checked
 
 
 def _check_kind(kind: str, num_samples: int, generator: torch.Generator | None) -> None:

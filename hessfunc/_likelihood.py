@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +86,13 @@ class Family:
         """Covariance of the score under the model's own distribution, times ``tangents``."""
         raise NotImplementedError
 
+    def roots(self, seen: Observed) -> Tensor:
+        """Columns of a square root of the covariance of the score, shape ``(k, *outputs.shape)``.
+
+        Positions that are independent of one another share a column here; [`columns`][] takes them apart.
+        """
+        raise NotImplementedError
+
     def sample(self, seen: Observed, generator: torch.Generator) -> Tensor:
         """Observations drawn from the distribution, shaped as ``target``."""
         raise NotImplementedError
@@ -129,6 +137,14 @@ class Categorical(Family):
         weighted = p * tangents
         return weighted - p * weighted.sum(axis, keepdim=True)
 
+    def roots(self, seen: Observed) -> Tensor:
+        """``sqrt(p_c) (e_c - p)`` for each class c: the expectation over labels, written out."""
+        axis = self.along(seen.outputs)
+        p = seen.outputs.softmax(axis).movedim(axis, 0)
+        unit = torch.eye(len(p), dtype=p.dtype, device=p.device).reshape(*[len(p)] * 2, *[1] * (p.dim() - 1))
+        roots = p.sqrt().unsqueeze(1) * (unit - p) * self.counted(seen)
+        return roots.movedim(1, axis + 1)
+
     def sample(self, seen: Observed, generator: torch.Generator) -> Tensor:
         """Class indices by inversion of the distribution function; those to be ignored stay."""
         axis = self.along(seen.outputs)
@@ -156,6 +172,10 @@ class Gaussian(Family):
         """Twice the identity."""
         return 2 * tangents
 
+    def roots(self, seen: Observed) -> Tensor:
+        """``sqrt(2)``."""
+        return torch.full_like(seen.outputs, 2**0.5).unsqueeze(0)
+
     def sample(self, seen: Observed, generator: torch.Generator) -> Tensor:
         """The outputs with noise."""
         noise = torch.randn(seen.target.shape, generator=generator, device=generator.device, dtype=seen.outputs.dtype)
@@ -175,6 +195,11 @@ class Bernoulli(Family):
         """``p (1 - p)`` on the diagonal."""
         p = seen.outputs.sigmoid()
         return p * (1 - p) * tangents
+
+    def roots(self, seen: Observed) -> Tensor:
+        """``sqrt(p (1 - p))``."""
+        p = seen.outputs.sigmoid()
+        return (p * (1 - p)).sqrt().unsqueeze(0)
 
     def sample(self, seen: Observed, generator: torch.Generator) -> Tensor:
         """Zeros and ones."""
@@ -214,6 +239,23 @@ def observe(criterion: Callable[..., Tensor], outputs: Any, target: Any) -> Obse
             raise ValueError(f"criterion: {name} is an old option of torch; use reduction='mean' or 'sum'.")
     family.check(seen.outputs, seen.target, options)
     return seen
+
+
+def columns(seen: Observed, num_samples: int, chunk: int) -> Iterator[Tensor]:
+    """Columns of a square root of the covariance for each of ``num_samples``, which share the columns handed out.
+
+    Every position of a sample (a token, a pixel) has columns of its own, so there are ``outputs.numel() / num_samples``
+    in all. Each tensor is of shape ``(at most chunk, *outputs.shape)``.
+    """
+    roots = seen.family.roots(seen)
+    shape = list(seen.outputs.shape)
+    if isinstance(seen.family, Categorical):
+        shape[seen.family.along(seen.outputs)] = 1
+    inner = math.prod(shape) // num_samples
+    position = torch.arange(math.prod(shape), device=roots.device).reshape(shape) % inner
+    for numbers in torch.arange(inner * len(roots), device=roots.device).split(chunk):
+        chosen = (numbers // len(roots)).reshape(-1, *[1] * len(shape))
+        yield roots[numbers % len(roots)] * (position == chosen)
 
 
 class _Watch(TorchFunctionMode):

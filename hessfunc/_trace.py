@@ -9,7 +9,7 @@ import torch
 from hessfunc._checks import NonFiniteError, check_count, check_finite, check_generator
 from hessfunc._deflation import Deflation
 from hessfunc._eigenpairs import Eigenpairs
-from hessfunc._estimate import Estimate
+from hessfunc._estimate import Estimate, outline
 from hessfunc._operators import Operator
 from hessfunc._probe_law import ProbeLaw
 from hessfunc._probes import Sampler, signs
@@ -31,6 +31,7 @@ def hutchinson(
     confidence: float = 0.95,
     max_probes: int = 1000,
     deflate: Eigenpairs | Params | None = None,
+    plus: Estimate | None = None,
     sampler: Sampler = signs,
     chunk_size: int | None = None,
     generator: torch.Generator,
@@ -60,6 +61,10 @@ def hutchinson(
     such as that of a network before training, and hold no vectors. [`hutchpp`][hessfunc.hutchpp] and
     [`xtrace`][hessfunc.xtrace] come in between, and pay from about 50 products on.
 
+    With ``plus``, what is known of another matrix is added, and tolerances are for the sum: a control variate, such as
+    ``tr H = tr(H - G) + tr G`` with the exact trace of a Gauss-Newton matrix from
+    [`ggn_diagonal`][hessfunc.ggn_diagonal]; [`split_trace`][hessfunc.split_trace] does so by itself.
+
     Give either ``num_probes``, or ``rtol`` and/or ``atol``: then batches of probes follow until the confidence
     interval ``value -+ t * stderr`` is within ``rtol * |value|`` or within ``atol``, whichever comes first.
 
@@ -77,6 +82,8 @@ def hutchinson(
         max_probes: where to end, with a warning, if the tolerance is not met.
         deflate: ``Eigenpairs`` of ``H``, as from [`eigsh`][hessfunc.eigsh], or any linearly independent vectors as a
             pytree like the parameters with a leading axis.
+        plus: an estimate over the same leaves that is added to this one; its standard error joins in quadrature, and
+            its products are counted.
         sampler: what draws the probes: signs have the least variance of all independent entries.
         chunk_size: probes held at a time; by default 16, or as few as 4 if these take more than 16 MiB, and 1 if more
             than 256 MiB. The same seed gives the same probes whatever it is.
@@ -87,7 +94,7 @@ def hutchinson(
 
     Raises:
         ValueError: an option is out of range, both or neither of ``num_probes`` and a tolerance are given, or
-            ``deflate`` does not fit ``H``.
+            ``deflate`` or ``plus`` does not fit ``H``.
         NonFiniteError: a product is NaN or infinite; its ``partial`` is the estimate over the chunks done before.
 
     Warns:
@@ -106,21 +113,9 @@ def hutchinson(
         ['a', 'b']
     """
     stopping = Stopping.of(num_probes, rtol, atol, confidence, max_probes)
-    check_generator(generator)
-    chunk = chunk_length(H, chunk_size)
-    with torch.no_grad():
-        known, law = Deflation.of(deflate, H, chunk), ProbeLaw(sampler, H)
-        parts: list[Tensor] = []
-        count, goal = 0, stopping.first
-        while True:
-            for probes in draw(H, goal - count, sampler, chunk, generator):
-                parts.append(_checked_samples(H, known, law, probes, parts))
-            count = goal
-            estimate = _estimate(H, known, law, parts)
-            following = stopping.following(estimate, count)
-            if following is None:
-                break
-            goal = following
+    estimate = probed(
+        H, stopping, deflate=deflate, plus=plus, sampler=sampler, chunk_size=chunk_size, generator=generator
+    )
     stopping.warn_unless_met(
         estimate,
         method="hutchinson",
@@ -130,17 +125,61 @@ def hutchinson(
     return estimate
 
 
-def _checked_samples(H: Operator, known: Deflation, law: ProbeLaw, probes: Tensor, parts: list[Tensor]) -> Tensor:
+def probed(
+    H: Operator,
+    stopping: Stopping,
+    *,
+    deflate: Eigenpairs | Params | None = None,
+    plus: Estimate | None = None,
+    sampler: Sampler = signs,
+    chunk_size: int | None,
+    generator: torch.Generator,
+) -> Estimate:
+    """What [`hutchinson`][hessfunc.hutchinson] returns, without its warning."""
+    check_generator(generator)
+    chunk = chunk_length(H, chunk_size)
+    if plus is not None:
+        _check_plus(plus, H)
+    with torch.no_grad():
+        known, law = Deflation.of(deflate, H, chunk), ProbeLaw(sampler, H)
+        parts: list[Tensor] = []
+        count, goal = 0, stopping.first
+        while True:
+            for probes in draw(H, goal - count, sampler, chunk, generator):
+                parts.append(_checked_samples(H, known, law, plus, probes, parts))
+            count = goal
+            estimate = _estimate(H, known, law, plus, parts)
+            following = stopping.following(estimate, count)
+            if following is None:
+                return estimate
+            goal = following
+
+
+def _check_plus(plus: Estimate, H: Operator) -> None:
+    if not isinstance(plus, Estimate):
+        raise TypeError(
+            f"plus is of type {type(plus).__name__}, expected an Estimate, such as ggn_diagonal(...).trace."
+        )
+    if plus.leaf_samples is None or plus.leaf_names != H.layout.names:
+        raise ValueError(
+            f"plus has leaves {outline(plus.leaf_names)}, but H has {outline(H.layout.names)}; it must be an estimate "
+            "by leaf of a matrix over the same parameters."
+        )
+
+
+def _checked_samples(
+    H: Operator, known: Deflation, law: ProbeLaw, plus: Estimate | None, probes: Tensor, parts: list[Tensor]
+) -> Tensor:
     try:
         samples, products = known.samples(H, probes)
         check_samples(samples)
     except NonFiniteError as error:
-        raise error.keeping(_estimate(H, known, law, parts) if parts else None) from None
+        raise error.keeping(_estimate(H, known, law, plus, parts) if parts else None) from None
     law.add(probes, products)
     return samples
 
 
-def _estimate(H: Operator, known: Deflation, law: ProbeLaw, parts: list[Tensor]) -> Estimate:
+def _estimate(H: Operator, known: Deflation, law: ProbeLaw, plus: Estimate | None, parts: list[Tensor]) -> Estimate:
     leaf_samples = torch.cat(parts)
     plain = Estimate.of(
         leaf_samples.sum(1),
@@ -148,7 +187,8 @@ def _estimate(H: Operator, known: Deflation, law: ProbeLaw, parts: list[Tensor])
         leaf_samples=leaf_samples,
         leaf_names=H.layout.names,
     )
-    return law.applied(plain)
+    estimate = law.applied(plain)
+    return estimate if plus is None else estimate.plus(plus)
 
 
 def chunk_length(H: Operator, chunk_size: int | None) -> int:

@@ -26,7 +26,7 @@ LAYERS = {
         *("_products", "_rules", "_kept", "_trial", "_traced", "_module", "_restrict", "_data", "_operators"),
         *("_batched", "_hessian"),
         *("_witness", "_fingerprint", "_soundness"),
-        *("_likelihood", "_gauss_newton", "_fisher", "_positions", "_hierarchy"),
+        *("_likelihood", "_gauss_newton", "_linear_factors", "_fisher", "_positions", "_hierarchy"),
     ],
     "kernels": ["_lanczos", "_power"],
     "estimators": [
@@ -56,6 +56,7 @@ LAYERS = {
             "_krylov",
             "_slq",
         ),
+        *("_exact_diagonal", "_split_trace"),
         *("_diagonal", "_sharpness", "_blocks", "_minibatch", "_trajectory", "_track"),
     ],
     "analysis": [
