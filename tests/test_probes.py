@@ -59,17 +59,6 @@ def test_sphere_probes_have_length_sqrt_of_the_size():
     assert torch.allclose(single.abs(), torch.ones(4, 1, dtype=F64), rtol=1e-14)
 
 
-def test_normal_probes_are_not_the_weights_drawn_with_the_same_seed():
-    """A seed is often the same for weights, data and probes; the weights are no random direction for the loss."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weights = torch.nn.init.normal_(torch.empty(1, 20_000))
-    for sampler in (_probes.normal, _probes.sphere):
-        probe = sampler(1, 20_000, generator=seeded(0), dtype=torch.float32, device="cpu")
-        cosine = torch.nn.functional.cosine_similarity(weights, probe)
-        assert abs(float(cosine)) < 4 / 20_000**0.5
-
-
 def test_normal_probes_have_normal_kurtosis():
     probes = _probes.normal(40_000, 1, generator=seeded(), dtype=F64, device="cpu")
     assert abs(float((probes**4).mean()) - 3) < 5 * (96 / 40_000) ** 0.5

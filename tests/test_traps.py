@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hessfunc as hf
-from hessfunc import tree
+from hessfunc import _probes, tree
 from hessfunc._explain import explained
 from hessfunc._traced import PATIENCE
 
@@ -981,6 +981,27 @@ def test_errors_of_other_devices_are_explained(text, expected):
 def test_other_errors_pass_unchanged():
     error = RuntimeError("the user's own")
     assert explained(error) is error
+
+
+# Seeds
+
+
+def test_one_seed_for_weights_and_probes():
+    """The weights are no random direction for the loss, and a seed is often the same for everything."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = torch.nn.init.normal_(torch.empty(20_000))
+    first = []
+    H = hf.Operator(weights, lambda rows: first.append(rows[0].clone()) or 2 * rows)
+    for estimate in (
+        lambda draw: hf.slq(H, num_steps=1, num_probes=1, generator=draw),
+        lambda draw: hf.hutchinson(H, num_probes=1, sampler=_probes.normal, generator=draw),
+        lambda draw: hf.eigsh(H, 1, generator=draw),
+    ):
+        first.clear()
+        estimate(seeded(0))
+        cosine = F.cosine_similarity(weights, first[0], dim=0)
+        assert abs(float(cosine)) < 4 / 20_000**0.5
 
 
 # Modes
