@@ -12,12 +12,13 @@ from hessfunc import tree
 from hessfunc._batched import checked_point
 from hessfunc._checks import check_count, check_finite, check_generator
 from hessfunc._estimate import Estimate
-from hessfunc._exact_diagonal import Samples, ggn_diagonal
+from hessfunc._exact_diagonal import ggn_diagonal
 from hessfunc._fisher import checked_loss
 from hessfunc._gauss_newton import Criterion, ModelFn, ggn
 from hessfunc._hessian import hessian
 from hessfunc._operators import Operator
 from hessfunc._probes import signs
+from hessfunc._samples import Samples
 from hessfunc._stopping import Stopping
 from hessfunc._trace import chunk_length, probed
 from hessfunc._typing import Batch, Params, Tensor

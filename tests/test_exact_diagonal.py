@@ -192,7 +192,7 @@ def test_linear_layers_by_factors(name, monkeypatch):
     jacobian = torch.cat([leaf.flatten(2) for leaf in tree.leaves(outputs)], 2)
     expected = 2 * jacobian.square().sum((0, 1)) / call(params, batch[0]).numel()
     taken = []
-    monkeypatch.setattr("hessfunc._exact_diagonal.Samples._pulled", lambda *_: taken.append(1) or iter(()))
+    monkeypatch.setattr("hessfunc._samples.Samples._pulled", lambda *_: taken.append(1) or iter(()))
     by_factors = hf.ggn_diagonal(call, loss, params, batch)
     assert bool(taken) != factored
     if factored:
@@ -205,10 +205,10 @@ def test_linear_layers_by_factors(name, monkeypatch):
 def test_large_leaves_are_squared_row_by_row(monkeypatch):
     call, params = functional(mlp)
     exact = hf.ggn_diagonal(call, *CASES["mlp"][1:2], params, CASES["mlp"][2])
-    monkeypatch.setattr("hessfunc._exact_diagonal.factored_squares", lambda *_: None)
+    monkeypatch.setattr("hessfunc._samples.factored_squares", lambda *_: None)
     one_by_one = hf.ggn_diagonal(call, *CASES["mlp"][1:2], params, CASES["mlp"][2])
     assert relative_error(one_by_one.value, exact.value) < 1e-12
-    monkeypatch.setattr("hessfunc._exact_diagonal.ROW_BY_ROW", 1)
+    monkeypatch.setattr("hessfunc._samples.ROW_BY_ROW", 1)
     other = hf.ggn_diagonal(call, *CASES["mlp"][1:2], params, CASES["mlp"][2])
     assert relative_error(other.value, one_by_one.value) < 1e-14
 

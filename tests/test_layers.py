@@ -26,7 +26,7 @@ LAYERS = {
         *("_products", "_rules", "_kept", "_trial", "_traced", "_module", "_restrict", "_data", "_operators"),
         *("_batched", "_hessian"),
         *("_witness", "_fingerprint", "_soundness"),
-        *("_likelihood", "_gauss_newton", "_linear_factors", "_fisher", "_positions", "_hierarchy"),
+        *("_likelihood", "_gauss_newton", "_linear_factors", "_samples", "_fisher", "_positions", "_hierarchy"),
     ],
     "kernels": ["_lanczos", "_power"],
     "estimators": [
