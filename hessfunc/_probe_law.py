@@ -143,7 +143,7 @@ def chance(count: int, dof: Tensor) -> Tensor:
 def or_spread(variance: Tensor, spread: Tensor, dof: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The variance by the law, or the spread of samples where that is larger by more than chance; with its degrees.
 
-    The larger one of both would be too large on average: with four probes, by up to a third.
+    The larger one of both would be too large on average: by a third with four normal samples.
     """
     apart = spread > variance * (1 + chance(count, dof))
     return torch.where(apart, spread, variance), torch.where(apart, dof.clamp(max=count - 1), dof)
