@@ -178,7 +178,7 @@ def krylov(
         parts_of_leaves = leaf_sums(found.rows.square(), H)
         first = _leaves(H, own, parts_of_leaves[simple], *_pilot_leaves(H, unit, product, own))
         others = _leaves(H, found, parts_of_leaves, rest.shares, rest.squares)
-        shares, summands = (torch.cat(parts) for parts in zip(first, others, strict=True))
+        shares, *known = (torch.cat(parts) for parts in zip(first, others, strict=True))
     law = quadrature.trace()
     trace = Estimate.of(
         shares.sum(dim=1),
@@ -189,7 +189,7 @@ def krylov(
         dof=law.dof,
     )
     if num_probes > 1:
-        leaf_stderr, leaf_dof = leaf_errors(shares, summands)
+        leaf_stderr, leaf_dof = leaf_errors(shares, *known)
         trace = replace(trace, leaf_stderr=leaf_stderr, leaf_dof=leaf_dof)
     return Krylov(quadrature, trace, pairs.values, pairs.residuals, repeated, H, pairs)
 
@@ -225,11 +225,12 @@ def _pilot_leaves(H: Operator, unit: Tensor, product: Tensor, own: Outliers) -> 
     return shares, squares
 
 
-def _leaves(H: Operator, outliers: Outliers, parts: Tensor, shares: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+def _leaves(H: Operator, outliers: Outliers, parts: Tensor, shares: Tensor, squares: Tensor) -> tuple[Tensor, ...]:
     """Samples of the trace of every leaf, that of the outliers included; and what ``leaf_errors`` takes.
 
     ``parts`` are those of the outliers' unit vectors that lie in each leaf.
     """
     dimension = H.size - len(outliers.values)
     known = outliers.values @ parts
-    return known + dimension * shares, dimension * (squares - shares.square())
+    summands = dimension * (squares - shares.square())
+    return known + dimension * shares, summands, dimension * (squares - shares * shares.sum(1, keepdim=True))

@@ -19,7 +19,10 @@ SIGNED = (signs, jittered)
 _BLOCK = 2**18
 """Entries to work on at a time: few enough to stay in the cache."""
 
-_RATIOS = torch.linspace(1, 2, 21, dtype=torch.float64, device="cpu")
+_STEPS = torch.linspace(0, 1, 21, dtype=torch.float64, device="cpu").unsqueeze(1)
+
+_PRIOR = 1.5
+"""Deviation added to the spread of summands, as a multiple of their squared mean; it is 2 where the rank is one."""
 
 
 class Entries:
@@ -56,7 +59,8 @@ class ProbeLaw:
 
     Summed over the entries of one leaf alone, without the factor 2, they have a mean ``S``, and the variance of the
     leaf's share of ``<v, B v>`` is between ``S``, if ``B`` couples its entries to those of other leaves, and ``2 S``,
-    if to one another: see [`leaf_errors`][].
+    if to one another. Its covariance with ``<v, B v>`` is known: ``2 S`` again; on the sphere twice the leaf's part
+    ``|E B v|^2 - <v, E B v> <v, B v> / n`` of the mean above, with ``E`` the projector onto it. See [`leaf_errors`][].
 
     Cost: a vector with signs, and some passes over each product.
     """
@@ -65,7 +69,7 @@ class ProbeLaw:
         self.sampler, self.H = sampler, H
         self.entries: Entries | None = None
         self.leaves: list[Tensor] = []
-        self.whole: list[Tensor] = []
+        self.parts: list[Tensor] = []
 
     def add(self, probes: Tensor, products: Tensor) -> None:
         """Take in probes and their products with ``B``, rows of shape ``(k, n)``."""
@@ -80,28 +84,31 @@ class ProbeLaw:
                 squares = leaf_sums(images.square(), self.H)
                 values = leaf_sums(some * images, self.H) * (self.sampler is sphere)
                 self.leaves.append(squares - values.square() / self.H.size)
-                self.whole.append(squares.sum(1) - values.sum(1).square() / self.H.size)
+                self.parts.append(squares - values * values.sum(1, keepdim=True) / self.H.size)
 
     def take(self, deviations: Tensor) -> None:
         """Take in what [`Entries`][] make of ``v * B v`` for further probes ``v``; overwritten."""
         self.leaves.append(leaf_sums(deviations.square_(), self.H))
-        self.whole.append(self.leaves[-1].sum(1))
+        self.parts.append(self.leaves[-1])
 
     def applied(self, plain: Estimate) -> Estimate:
-        """With the larger of the standard errors by the law and by the spread of the samples.
+        """With the standard errors by the law, and with those by the spread of the samples where these are far larger.
 
-        The spread remains as a floor since it also sees what is not the probes' noise, such as products that are not
-        those of one symmetric matrix.
+        The spread also sees what is not the probes' noise, such as products that are not those of one symmetric matrix.
         """
         first = int(self.sampler in SIGNED)  # one probe tells no variance
-        if len(plain.samples) == 1 or not self.whole or plain.leaf_samples is None:
+        if len(plain.samples) == 1 or not self.parts or plain.leaf_samples is None:
             return plain
-        mean, dof = law_mean(torch.cat(self.whole)[first:])
+        parts = torch.cat(self.parts)[first:]
+        mean, dof = law_mean(parts.sum(1))
         if not 0 < float(mean) < math.inf:
             return plain
-        stderr = plain.stderr.clamp(min=math.sqrt(2 * float(mean) / len(plain.samples)))
-        leaf_stderr, leaf_dof = leaf_errors(plain.leaf_samples, torch.cat(self.leaves)[first:])
-        return replace(plain, stderr=stderr, dof=float(dof), leaf_stderr=leaf_stderr, leaf_dof=leaf_dof)
+        count = len(plain.samples)
+        variance, dof = or_spread(2 * mean, plain.stderr.square() * count, dof, count)
+        leaf_stderr, leaf_dof = leaf_errors(plain.leaf_samples, torch.cat(self.leaves)[first:], parts)
+        return replace(
+            plain, stderr=(variance / count).sqrt(), dof=float(dof), leaf_stderr=leaf_stderr, leaf_dof=leaf_dof
+        )
 
 
 def blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -113,37 +120,64 @@ def blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def law_mean(summands: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over the first axis, and its degrees of freedom.
 
-    These are by Satterthwaite's formula, ``2 mean^2 / Var(mean)``. To the summands' spread, itself from few, one
-    deviation is added of the size it has when the matrix is of rank one, the worst case: then the degrees are at most
-    the square of their number.
+    These are by Satterthwaite's formula, ``2 mean^2 / Var(mean)``. To the summands' spread, itself from few, most of
+    one deviation is added of the size it has when the matrix is of rank one, the worst case: then the degrees are at
+    most 4/3 of the square of their number.
     """
     unit = summands.amax(0)
     unit = torch.where((unit > 0) & (unit < math.inf), unit, 1.0)
     shares = summands / unit  # so that no square overflows
     mean = shares.mean(0)
     spread = (shares - mean).square().sum(0)
-    return unit * mean, 2 * (len(shares) * mean).square() / (spread + 2 * mean.square())
+    return unit * mean, 2 * (len(shares) * mean).square() / (spread + _PRIOR * mean.square())
 
 
-def leaf_errors(samples: Tensor, summands: Tensor) -> tuple[Tensor, Tensor]:
+def chance(count: int, dof: Tensor) -> Tensor:
+    """Standard deviation of the spread of ``count`` quadratic forms over their variance.
+
+    The kurtosis of a form is six times what the law, with ``dof`` degrees of freedom, knows of its own error.
+    """
+    return (2 / (count - 1) + 12 / dof).sqrt()
+
+
+def or_spread(variance: Tensor, spread: Tensor, dof: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The variance by the law, or the spread of samples where that is larger by more than chance; with its degrees.
+
+    The larger one of both would be too large on average: by a third with four normal samples.
+    """
+    apart = spread > variance * (1 + chance(count, dof))
+    return torch.where(apart, spread, variance), torch.where(apart, dof.clamp(max=count - 1), dof)
+
+
+def leaf_errors(samples: Tensor, summands: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
     """Standard errors of the leaves' means, and their degrees of freedom; both of shape ``(num_leaves,)``.
 
-    The variance of a sample is between ``S``, the mean of the summands, and ``2 S``. Their ratio is taken for uniform
-    between 1 and 2, and its mean given the spread of the samples is put in; the spread itself if that is larger. What
-    the spread is worth goes by its own degrees of freedom ``d``: ``1 / d = 1 / (k - 1) + 6 / dof`` for ``k`` samples of
-    quadratic forms, whose kurtosis is six times what ``S`` knows of its own error.
+    The variance of a leaf's sample x is between ``S``, the mean of the summands, and ``2 S``. The variance ``2 W`` of
+    the sum t over all leaves is known, and so is ``Cov(x, t) = 2 b W``; then ``Var(x) = 2 b^2 W + Var(x - b t)``, and
+    only the second is to be found within what the bounds leave of it. It is taken for uniform there, and its mean given
+    the spread of ``x - b t`` is put in. What the spread is worth goes by its own degrees of freedom, as in
+    [`chance`][]. The spread of x itself goes in where it is larger than ``2 S``.
 
     Args:
         samples: shape ``(k, num_leaves)``.
         summands: estimates of ``S`` from one probe each, shape ``(m, num_leaves)``.
+        parts: of ``b W``, likewise; those of all leaves add up to ``W``.
     """
     count = len(samples)
     spread = samples.var(0)
     mean, dof = law_mean(summands)
     known = (mean > 0) & (mean < math.inf)
     mean, dof = torch.where(known, mean, 1.0), torch.where(known, dof, 1.0)
-    worth = 1 / (1 / (count - 1) + 6 / dof)
-    # The likelihood of a spread that is chi-squared
-    likelihood = -worth / 2 * (_RATIOS.log().unsqueeze(1) + spread / mean / _RATIOS.unsqueeze(1))
-    variance = torch.where(known, mean * (_RATIOS @ likelihood.softmax(0)), 0.0)
-    return (torch.maximum(variance, spread) / count).sqrt(), torch.where(known, dof, float(count - 1))
+    whole = parts.sum(1).mean()
+    slope = (parts.mean(0) / whole).nan_to_num(0, 0, 0)
+    # In units of S
+    explained = (2 * slope * (parts.mean(0) / mean)).nan_to_num(0, 0, 0).clamp(0, 2)
+    rest = (samples - slope * samples.sum(1, keepdim=True)).var(0) / mean
+    low = (1 - explained).clamp(min=0)
+    # Not to divide by zero where there is one leaf only
+    values = (low + (2 - explained - low) * _STEPS).clamp(min=1e-9)
+    likelihood = -(values.log() + rest / values) / chance(count, dof).square()  # of a spread that is chi-squared
+    variance = torch.where(known, mean * (explained + (values * likelihood.softmax(0)).sum(0)), 0.0)
+    variance = torch.where(spread > 2 * mean * known, spread, variance)
+    dof = torch.where(spread > 2 * mean * (1 + chance(count, dof)), dof.clamp(max=count - 1), dof)
+    return (variance / count).sqrt(), torch.where(known, dof, float(count - 1))

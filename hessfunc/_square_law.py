@@ -9,7 +9,7 @@ import torch
 from hessfunc._deflation import leaf_sums
 from hessfunc._estimate import Estimate
 from hessfunc._operators import Operator
-from hessfunc._probe_law import SIGNED, Entries, ProbeLaw, blocks, law_mean
+from hessfunc._probe_law import SIGNED, Entries, ProbeLaw, blocks
 from hessfunc._probes import Sampler, normal, sphere
 from hessfunc._typing import Tensor
 
@@ -89,17 +89,19 @@ class SquareLaw:
     def applied(self, plain: Estimate) -> Estimate:
         """With the larger of the standard errors by the law and by the spread of the samples, by leaf too.
 
-        Each probe is in two pairs; the degrees of freedom are taken for half of those of independent summands.
+        Degrees of freedom go by ``r = |M|_F^2 / tr(M)^2``, one over the effective rank, which pairs tell far better
+        than they tell their own spread: ``1 / dof = 1 / (k - 1) + 4 r / k`` for k samples. The second part is what a
+        form of ``M``, whose square the variance is in proportion to, varies by; the first what ``r`` does.
         """
         count, leaves = len(plain.samples), plain.leaf_samples
         if count == 1 or not self.pairs or leaves is None:
             return plain
-        found = torch.cat([torch.cat(self.pairs)[1:], torch.cat(self.pairs)[1:].sum(1, keepdim=True)], dim=1)
-        mean, dof = law_mean(found.square())
+        found, samples = (torch.cat([x, x.sum(1, keepdim=True)], dim=1) for x in (torch.cat(self.pairs)[1:], leaves))
+        mean = found.square().mean(0)
         variance = 2 * (mean - self._diagonal(leaves)).clamp(min=0)
-        spread = torch.cat([leaves, leaves.sum(1, keepdim=True)], dim=1).var(0)
-        stderr = (torch.maximum(variance, spread) / count).sqrt()
-        dof = torch.where(mean > 0, (dof / 2).clamp(min=1), float(count - 1))
+        stderr = (torch.maximum(variance, samples.var(0)) / count).sqrt()
+        ratio = (mean / (samples[1:] * samples[:-1]).mean(0)).nan_to_num(0.0).clamp(0, 1)
+        dof = 1 / (1 / (count - 1) + 4 * ratio / count)
         return replace(
             plain,
             stderr=torch.maximum(stderr[-1], plain.stderr),

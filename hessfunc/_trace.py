@@ -45,14 +45,14 @@ def hutchinson(
     probes, without the outliers that make up most of ``|H|_F`` (as in Hutch++, Meyer et al. 2021). Unconverged
     vectors cost variance, and no bias.
 
-    The standard error is the larger one of the samples' spread and of that variance, which the products at hand tell:
-    twice the sum over entries of the sample variances of ``v * H v`` for signs, twice the mean of ``|H v|^2`` for
-    normal probes, the same off ``v`` for probes on the sphere, with ``(I - P) H (I - P)`` for ``H`` where deflated;
-    the spread alone for other samplers. Degrees of freedom come from how much one probe's share in it varies. Those
-    sums over the entries of a leaf bound the variance of its share from above, and half of them from below; the spread
-    tells where in between it is.
-    Over nine spectra of 60 parameters 95 % intervals held the trace in 93 to 97 % of runs with 8, 12 and 40 probes and
-    in 93 to 98.5 % with 4, where those of the spread alone did in 82 to 95 % (``tests/test_calibration.py``).
+    The standard error is from that variance, which the products at hand tell: twice the sum over entries of the sample
+    variances of ``v * H v`` for signs, twice the mean of ``|H v|^2`` for normal probes, the same off ``v`` for probes
+    on the sphere, with ``(I - P) H (I - P)`` for ``H`` where deflated. It is from the samples' spread for other
+    samplers, and where that is larger by more than chance: products may have a noise of their own. Degrees of freedom
+    come from how much one probe's share in it varies. Those sums over the entries of a leaf bound the variance of its
+    share from above, and half of them from below, and tell its covariance with the whole; the spread tells the rest.
+    Over nine spectra of 56 or 60 parameters 95 % intervals held the trace in 92 to 98 % of runs with 4, 8, 12 and 40
+    probes, and those of leaves too, where those of the spread alone did in 82 to 95 % (``tests/test_calibration.py``).
 
     Which method: if eigenpairs are at hand, or wanted anyway, this one with ``deflate``; if not,
     [`deflated`][hessfunc.deflated], which finds a subspace of its own, or [`xnystrace`][hessfunc.xnystrace] for a

@@ -1,7 +1,8 @@
 """Every standard error against the truth over 400 seeds: 95 % intervals hold it in 92 to 98 % of runs.
 
 One table: what is estimated, of which spectrum, with how many probes. Where intervals are known to hold the truth more
-or less often than that, the row says how often, and why.
+or less often than that, the row says how often, and why. Over 400 seeds a share of 95 % has a standard deviation of
+1.1 %: rows near an end of the band take 1600.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,12 @@ from scipy import stats
 import hessfunc as hf
 from hessfunc import _probes, tree
 
-SEEDS = 400
+SEEDS, MANY = 400, 1600
 BAND = (0.92, 0.98)
+
+
+Method = Callable[[str, int, int], torch.Tensor]
+"""From a spectrum, a number of probes and one of seeds: for each seed whether the truth was held."""
 
 
 def powers(exponent: float, size: int = 60) -> list[float]:
@@ -82,11 +87,11 @@ def held_leaves(estimate: hf.Estimate, whole: torch.Tensor) -> torch.Tensor:
     return torch.stack([held(e, float(t.sum())) for e, t in zip(estimate.per_leaf.values(), truths, strict=True)])
 
 
-def over_seeds(one: Callable[[str, int, torch.Generator], torch.Tensor]) -> Callable[[str, int], torch.Tensor]:
-    return lambda spectrum, count: torch.stack([one(spectrum, count, seeded(seed)) for seed in range(SEEDS)])
+def over_seeds(one: Callable[[str, int, torch.Generator], torch.Tensor]) -> Method:
+    return lambda spectrum, count, seeds: torch.stack([one(spectrum, count, seeded(seed)) for seed in range(seeds)])
 
 
-def scalar(method: Any, truth: Callable[[str], float] = trace, **options: Any) -> Callable[[str, int], torch.Tensor]:
+def scalar(method: Any, truth: Callable[[str], float] = trace, **options: Any) -> Method:
     """From a function ``(H, num_probes=, generator=) -> Estimate``."""
     return over_seeds(lambda s, k, g: held(method(operator(s), num_probes=k, generator=g, **options), truth(s)))
 
@@ -96,12 +101,12 @@ def by_leaf(method: Any, whole: Callable[[str], torch.Tensor] = lambda s: matrix
 
 
 @cache
-def plain_rules(spectrum: str, num_probes: int, num_steps: int) -> list[hf.Quadrature]:
+def plain_rules(spectrum: str, num_probes: int, seeds: int, num_steps: int) -> list[hf.Quadrature]:
     """Probes of a plain quadrature do not depend on one another, so one run has those of all seeds."""
     rule = hf.slq(
         operator(spectrum),
         num_steps=num_steps,
-        num_probes=SEEDS * num_probes,
+        num_probes=seeds * num_probes,
         exact_outliers=False,
         chunk_size=1000,
         generator=seeded(1),
@@ -111,17 +116,17 @@ def plain_rules(spectrum: str, num_probes: int, num_steps: int) -> list[hf.Quadr
 
 
 @cache
-def krylov_runs(spectrum: str, num_probes: int, num_steps: int) -> list[hf.Krylov]:
+def krylov_runs(spectrum: str, num_probes: int, seeds: int, num_steps: int) -> list[hf.Krylov]:
     options = {"num_steps": num_steps, "num_probes": num_probes}
-    return [hf.krylov(operator(spectrum), **options, generator=seeded(seed)) for seed in range(SEEDS)]
+    return [hf.krylov(operator(spectrum), **options, generator=seeded(seed)) for seed in range(seeds)]
 
 
 def plain(pick: Callable[[hf.Quadrature], hf.Estimate], truth: Callable[[str], float], num_steps: int = 6) -> Any:
-    return lambda s, k: torch.stack([held(pick(rule), truth(s)) for rule in plain_rules(s, k, num_steps)])
+    return lambda s, k, n: torch.stack([held(pick(rule), truth(s)) for rule in plain_rules(s, k, n, num_steps)])
 
 
 def exact(pick: Callable[[hf.Quadrature], hf.Estimate], truth: Callable[[str], float]) -> Any:
-    return lambda s, k: torch.stack([held(pick(run.quadrature), truth(s)) for run in krylov_runs(s, k, 16)])
+    return lambda s, k, n: torch.stack([held(pick(run.quadrature), truth(s)) for run in krylov_runs(s, k, n, 16)])
 
 
 def second(rule: hf.Quadrature) -> hf.Estimate:
@@ -140,12 +145,12 @@ def frobenius(spectrum: str) -> float:
     return trace_of(torch.square)(spectrum)
 
 
-def densities(spectrum: str, num_probes: int) -> torch.Tensor:
+def densities(spectrum: str, num_probes: int, seeds: int) -> torch.Tensor:
     low, high = min(SPECTRA[spectrum]), max(SPECTRA[spectrum])
     points, sigma = torch.linspace(low, high, 9, dtype=F64), (high - low) / 4
     kernel = torch.exp(-0.5 * ((points.unsqueeze(1) - torch.tensor(SPECTRA[spectrum], dtype=F64)) / sigma).square())
     truth = kernel.mean(1) / (sigma * (2 * torch.pi) ** 0.5)
-    found = [rule.density(points, sigma=sigma) for rule in plain_rules(spectrum, num_probes, 20)]
+    found = [rule.density(points, sigma=sigma) for rule in plain_rules(spectrum, num_probes, seeds, 20)]
     reach = [torch.from_numpy(stats.t.ppf(0.975, d.dof.numpy())) for d in found]
     return torch.stack([(d.values - truth).abs() <= r * d.stderr + 1e-9 for d, r in zip(found, reach, strict=True)])
 
@@ -167,7 +172,7 @@ def in_blocks(spectrum: str, num_probes: int, generator: torch.Generator) -> tor
     return torch.stack([held(spectra[name].trace, float(part.trace())) for name, part in parts.items()])
 
 
-METHODS: dict[str, Callable[[str, int], torch.Tensor]] = {
+METHODS: dict[str, Method] = {
     "hutchinson": scalar(hf.hutchinson),
     "hutchinson, by leaf": by_leaf(hf.hutchinson),
     "hutchinson, deflated": over_seeds(
@@ -207,8 +212,8 @@ METHODS: dict[str, Callable[[str, int], torch.Tensor]] = {
     "slq, density": densities,
     "slq, exact outliers, trace": exact(hf.Quadrature.trace, trace),
     "slq, exact outliers, second moment": exact(second, mean_square),
-    "krylov, by leaf": lambda s, k: torch.stack(
-        [held_leaves(run.trace, matrix(s).diagonal()) for run in krylov_runs(s, k, 16)]
+    "krylov, by leaf": lambda s, k, n: torch.stack(
+        [held_leaves(run.trace, matrix(s).diagonal()) for run in krylov_runs(s, k, n, 16)]
     ),
     "block_spectra": over_seeds(in_blocks),
     "sharpness": over_seeds(
@@ -229,10 +234,11 @@ class Row(NamedTuple):
     spectrum: str
     num_probes: int
     band: tuple[float, float] = BAND
+    seeds: int = SEEDS
 
 
 def coverage(row: Row) -> float:
-    return float(METHODS[row.method](row.spectrum, row.num_probes).double().mean())
+    return float(METHODS[row.method](row.spectrum, row.num_probes, row.seeds).double().mean())
 
 
 QUICK = [
@@ -266,17 +272,18 @@ STEEP = (0.92, 0.995)
 SKETCHES = {("xtrace", "outliers", 4): EDGE, ("xtrace", "fast", 4): EDGE, ("xtrace", "faster", 4): EDGE} | {
     (name, "step", k): EDGE for name in ("xtrace", "xnystrace") for k in (4, 8, 12)
 }
-# Four to six samples: the degrees of freedom of the law's error are those of the worst case.
-FEW = (0.92, 0.995)
-# The variance of a leaf's share is known up to a factor between 1 and 2: up to 1.2 times too large an error.
-LEAVES = (0.92, 0.99)
-# Fourth moments of the spectrum from seven or eleven pairs of probes: narrow where few large eigenvalues make up most
-# of them, and wide on flat spectra, as the degrees of freedom are those of pairs that depend on one another.
-PAIRS = {8: (0.90, 0.99), 12: (0.92, 0.985)}
+# One eigenvalue a hundred times all others: the value that leaves out the probe most along it is far off, the others
+# are not, and few probes seldom show both: 91 % over 1600 seeds with 4 and with 8.
+SKETCHES |= {("xnystrace", "one", k): (0.89, 0.98) for k in (4, 8)}
+
+
+def many(num_probes: int, few: int) -> int:
+    return MANY if num_probes <= few else SEEDS
+
 
 SLOW = [
     *(
-        Row(name, spectrum, k, SKETCHES.get((name, spectrum, k), STEEP if spectrum == "geometric" else BAND))
+        Row(name, spectrum, k, SKETCHES.get((name, spectrum, k), STEEP if spectrum == "geometric" else BAND), MANY)
         for name, spectra, counts in (
             ("xtrace", SPECTRA, (4, 8, 12, 20)),
             ("xnystrace", SEMIDEFINITE, (4, 8, 12, 20, 40)),
@@ -284,20 +291,21 @@ SLOW = [
         for spectrum in spectra
         for k in counts
     ),
-    *(Row(name, spectrum, k) for name in SMOOTH for spectrum in SPECTRA for k in (4, 8, 12, 40)),
-    *(Row("slq, effective dimension", spectrum, k) for spectrum in SEMIDEFINITE for k in (4, 12)),
+    *(Row(name, spectrum, k, seeds=MANY) for name in SMOOTH for spectrum in SPECTRA for k in (4, 8, 12)),
+    *(Row(name, spectrum, 40) for name in SMOOTH for spectrum in SPECTRA),
+    *(Row("slq, effective dimension", spectrum, k, seeds=MANY) for spectrum in SEMIDEFINITE for k in (4, 12)),
     *(Row("slq, density", spectrum, k) for spectrum in SPECTRA for k in (4, 8, 12, 40)),
     *(Row("xdiag", spectrum, k) for spectrum in SPECTRA for k in (5, 10, 20)),
     *(Row("diagonal", spectrum, k) for spectrum in SPECTRA for k in (12, 40)),
-    *(Row("hutchinson", spectrum, k, FEW if k == 4 else BAND) for spectrum in SPECTRA for k in (4, 8, 12, 40)),
-    *(Row("hutchinson, by leaf", spectrum, k, FEW if k == 4 else LEAVES) for spectrum in SPECTRA for k in (4, 12, 40)),
+    *(Row("hutchinson", spectrum, k, seeds=many(k, 4)) for spectrum in SPECTRA for k in (4, 8, 12, 40)),
+    *(Row("hutchinson, by leaf", spectrum, k, seeds=many(k, 4)) for spectrum in SPECTRA for k in (4, 12, 40)),
     *(
-        Row(f"hutchinson{kind}, by leaf", spectrum, 12, LEAVES)
+        Row(f"hutchinson{kind}, by leaf", spectrum, 12, seeds=MANY if "deflated" in kind else SEEDS)
         for kind in (" of normal probes", " on the sphere", ", deflated")
         for spectrum in SPECTRA
     ),
     *(
-        Row(name, spectrum, 12, PAIRS[12])
+        Row(name, spectrum, 12)
         for name in ("xdiag, squared norm", "frobenius_squared of normal probes", "frobenius_squared on the sphere")
         for spectrum in SPECTRA
     ),
@@ -310,20 +318,20 @@ SLOW = [
         for k in (12, 40)
     ),
     *(
-        Row(name, spectrum, k, PAIRS.get(k, BAND))
+        Row(name, spectrum, k)
         for name in ("frobenius_squared", "frobenius_squared, by leaf")
         for spectrum in SPECTRA
         for k in (8, 12, 40)
     ),
-    *(Row("hutchinson, deflated", spectrum, k, FEW if k == 4 else BAND) for spectrum in SPECTRA for k in (4, 12, 24)),
+    *(Row("hutchinson, deflated", spectrum, k, seeds=many(k, 4)) for spectrum in SPECTRA for k in (4, 12, 24)),
     *(
-        Row(name, spectrum, k, FEW if k < 24 else BAND)
+        Row(name, spectrum, k, seeds=many(k, 12))
         for name in ("hutchpp", "deflated")
         for spectrum in SPECTRA
         for k in (8, 12, 24)
     ),
     *(
-        Row(name, spectrum, k, FEW if k < 24 else LEAVES)
+        Row(name, spectrum, k, seeds=many(k, 12))
         for name in ("hutchpp, by leaf", "deflated, by leaf")
         for spectrum in SPECTRA
         for k in (12, 24)
@@ -334,7 +342,7 @@ SLOW = [
         for name in ("slq, exact outliers, trace", "slq, exact outliers, second moment")
         for spectrum in ("outliers", "flat")
     ),
-    *(Row("krylov, by leaf", spectrum, 12, LEAVES) for spectrum in SPECTRA),
+    *(Row("krylov, by leaf", spectrum, 12) for spectrum in SPECTRA),
     Row("block_spectra", "outliers", 12),
     Row("sharpness", "outliers", 12),
     *(Row("stable_rank", "outliers", k) for k in (12, 40)),

@@ -74,13 +74,24 @@ def test_the_laws_of_diagonal_are_those_of_hutchinson_and_frobenius_squared():
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 2.0])
 def test_the_spread_of_many_samples_tells_where_between_its_bounds_a_leaf_is(ratio):
     samples = ratio**0.5 * torch.randn(4000, 1, generator=seeded(1), dtype=F64)
-    stderr, dof = leaf_errors(samples, torch.ones(4000, 1, dtype=F64))
+    stderr, dof = leaf_errors(samples, torch.ones(4000, 1, dtype=F64), torch.zeros(4000, 1, dtype=F64))
     assert float(stderr.square()) * 4000 == pytest.approx(ratio, rel=0.06)
-    assert float(dof) == pytest.approx(4000**2)
+    assert float(dof) == pytest.approx(4000**2 * 4 / 3)
 
 
 @pytest.mark.parametrize(("spread", "low", "high"), [(0.0, 1.3, 1.5), (1.5, 1.4, 1.55), (40.0, 40.0, 40.0)])
 def test_few_samples_leave_a_leaf_between_its_bounds_unless_their_spread_is_larger(spread, low, high):
     samples = (1.5 * spread) ** 0.5 * torch.tensor([[1.0], [-1.0], [0.0], [0.0]], dtype=F64)
-    stderr, _ = leaf_errors(samples, torch.tensor([[1.0], [0.5], [1.5]], dtype=F64))
+    summands = torch.tensor([[1.0], [0.5], [1.5]], dtype=F64)
+    stderr, dof = leaf_errors(samples, summands, torch.zeros_like(summands))
     assert low - 1e-12 <= float(stderr.square()) * 4 <= high + 1e-12
+    assert (float(dof) == 3) == (spread == 40), "those of a spread"
+
+
+def test_the_share_of_a_large_leaf_in_the_known_whole_narrows_its_bounds():
+    samples = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.3], [0.0, -0.3]], dtype=F64)
+    summands = torch.tensor([[1.0, 0.5]], dtype=F64).expand(3, 2)
+    stderr, _ = leaf_errors(samples, summands, summands)
+    assert 4 / 3 < float(stderr[0].square()) * 4 < 2, "of the 3 of the whole"
+    alone, _ = leaf_errors(samples[:, :1], summands[:, :1], summands[:, :1])
+    assert float(alone.square()) * 4 == pytest.approx(2, rel=1e-6), "one leaf is the whole"
