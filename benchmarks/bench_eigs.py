@@ -68,7 +68,7 @@ def climb(problem: models.Problem, k: int, peer: peers.Peer, judge: Callable[[pe
     """The cheapest rung of the peer's ladder whose answer is right for two seeds; the last one if none is."""
     for label, eigs in peer.eigs.items():
         try:
-            if all(judge(eigs(problem, k, seed))["agrees"] for seed in (0, 1)):
+            if all(judge(eigs(problem, k, harness.FIRST_SEED + i))["agrees"] for i in (0, 1)):
                 return label
         except Exception as error:  # the table shows that it failed
             print(f"  {peer.name}, {label}: {error!r}", file=sys.stderr)
@@ -98,6 +98,7 @@ def run_model(name: str, options: harness.Settings, arguments: argparse.Namespac
     for record in records:
         record["model"] = name
         record["right"] = "yes" if record["agrees"] else "no"
+    notes = [profile(problem, records, options)]
     columns = [
         "library",
         "right",
@@ -109,8 +110,36 @@ def run_model(name: str, options: harness.Settings, arguments: argparse.Namespac
         "worst residual",
     ]
     listed = ", ".join(f"{value:.4g}" for value in truth)
-    notes = [f"eigenvalues: {listed}", "error and residual relative to |lambda|; only right answers are timed"]
+    notes += [f"eigenvalues: {listed}", "error and residual relative to |lambda|; only right answers are timed"]
     return harness.Table(f"{name}: top {k} by magnitude", records, columns, [*notes, *peers.notes(options.peers)])
+
+
+def profile(problem: models.Problem, records: list[harness.Record], options: harness.Settings) -> str:
+    """What the library's time is made of, and what a product would have to cost for half the fastest peer's time."""
+    H = hf.hessian(problem.loss, problem.params, problem.batch, check=False)
+    vector = torch.randn(H.size, generator=torch.Generator().manual_seed(harness.FIRST_SEED)).to(H.device, H.dtype)
+    calls = {"gradient": problem.gradient, "product": lambda: H.vector(vector)}
+    times = harness.interleaved(calls, repeats=max(options.repeats, 3), device=options.device)
+    product = harness.Spread.of(times["product"]).median
+    each = harness.multiples(times["product"], times["gradient"]).median
+
+    def first() -> None:
+        hf.hessian(problem.loss, problem.params, problem.batch, check=False).vector(vector)
+
+    setup = harness.Spread.of(harness.interleaved({"first": first}, repeats=3, device=options.device)["first"]).median
+    own = next(record for record in records if record["library"] == "hessfunc, verify_steps=0")
+    if "seconds" not in own:
+        return "hessfunc without the search was not right"
+    whole, count = own["seconds"].median, own["matvecs"]
+    parts = {"products": count * product, "first product": setup - product, "the rest": 0.0}
+    parts["the rest"] = whole - sum(parts.values())
+    shares = ", ".join(f"{name} {share / whole:.0%}" for name, share in parts.items())
+    note = f"one product is {each:.2f} gradients; of hessfunc's time without the search: {shares}"
+    rivals = [r["seconds"].median for r in records if "seconds" in r and not r["library"].startswith("hessfunc")]
+    if not rivals:
+        return note
+    half = min(rivals) / 2 / count / product * each
+    return f"{note}; half the fastest peer's time would leave {half:.2f} gradients for each of as many products"
 
 
 def main(argv: list[str] | None = None) -> int:
