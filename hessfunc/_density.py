@@ -63,7 +63,7 @@ def smooth(
         nodes: shape ``(num_probes, num_nodes)``.
         weights: the same shape.
         size: number of eigenvalues.
-        num_exact: number of leading columns that are the same for all probes.
+        num_exact: number of leading columns whose nodes are the same for all probes.
         resolution: bandwidth to use if ``sigma`` is ``None``, in the same units.
         grid: points of evaluation; by default evenly spaced, padded so that the mass is complete.
         sigma: bandwidth.
@@ -99,7 +99,8 @@ def _moments(
     positions: Tensor, nodes: Tensor, weights: Tensor, sigma: float, size: int, num_exact: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of the Gaussians' sums over the probes, its standard error and degrees of freedom."""
-    exact = _bumps(positions, nodes[:1, :num_exact], sigma)[0] @ weights[0, :num_exact]
+    # Not in all rows alike: the one that outliers were found by holds repeated ones among the others.
+    exact = _bumps(positions, nodes[:1, :num_exact], sigma)[0] @ weights[:, :num_exact].mean(0)
     bumps, weights = _bumps(positions, nodes[:, num_exact:], sigma), weights[:, num_exact:, None]
     rows, count, mass = (bumps @ weights).squeeze(2), len(weights), float(weights.sum())
     values = exact + rows.mean(0)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 
 from hessfunc import tree
+from hessfunc._certify import NOISE
 from hessfunc._checks import ProductWarning, check_choice, check_count, check_finite, check_generator, check_params
 from hessfunc._data import Batches
 from hessfunc._eigsh import wanted
@@ -37,8 +38,10 @@ class MinibatchEigenvalues:
 
     @property
     def num_negative(self) -> int:
-        """How many of all values are below zero by more than their residuals."""
-        return int((self.eigenvalues < -self.residuals).sum())
+        """How many of all values are below zero by more than their residuals and rounding."""
+        scale = self.eigenvalues.nan_to_num().abs().amax(1, keepdim=True)
+        rounding = NOISE * torch.finfo(self.eigenvalues.dtype).eps * scale
+        return int((self.eigenvalues < -(self.residuals + rounding)).sum())
 
 
 def minibatch_eigenvalues(

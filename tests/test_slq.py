@@ -254,6 +254,15 @@ class TestAccuracy:
         smooth = [q.density(grid, sigma=0.1).values for q in (ghostly, clean)]
         assert float((smooth[0] - smooth[1]).abs().max() / smooth[1].max()) < 0.01
 
+    @pytest.mark.parametrize("seed", range(4))
+    def test_mass_with_repeated_outliers(self, seed):
+        """One run holds them among the other nodes, the others as exact ones."""
+        values = torch.cat([torch.linspace(-1, 1, 51), torch.tensor([9.0, 9.0, 9.0, 5.0])]).double()
+        run = hf.krylov(diagonal(values), num_steps=20, num_probes=4, generator=seeded(seed))
+        assert bool(run.repeated.any())
+        density = run.quadrature.density(sigma=0.05)
+        assert float(torch.trapezoid(density.values, density.grid)) == pytest.approx(1, abs=1e-6)
+
     @pytest.mark.parametrize("scale", [1e-12, 1e12])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("options", [PLAIN, EXACT])
