@@ -275,8 +275,8 @@ SKETCHES = {("xtrace", "outliers", 4): EDGE, ("xtrace", "fast", 4): EDGE, ("xtra
 # One eigenvalue a hundred times all others: the value that leaves out the probe most along it is far off, the others
 # are not, and few probes seldom show both: 91 % over 1600 seeds with 4 and with 8.
 SKETCHES |= {("xnystrace", "one", k): (0.89, 0.98) for k in (4, 8)}
-# Four samples: their spread goes in where it is above the variance's upper bound, which a leaf on its own, coupled to no
-# other, needs: 98.2 % over 1600 seeds on the flat spectrum, 94 to 98 % on others.
+# Four samples: their spread goes in where it is above the variance's upper bound, which a leaf coupled to no other
+# needs: 98.2 % over 1600 seeds on the flat spectrum, 94 to 98 % on others.
 LEAVES = (0.92, 0.985)
 
 
