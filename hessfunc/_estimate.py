@@ -160,8 +160,8 @@ class Estimate:
         seeds, 95 % intervals held the truth in 92 to 98 % of runs for traces, diagonals and squared norms by every
         method and for the leaves of these, where those of the spread of samples alone hold it in as little as 81 %
         where a few eigenvalues make up most of it. Exceptions: 91 to 100 % for ``xtrace`` and ``xnystrace`` with few
-        probes or a rank of about their number; up to 100 % with two or three probes; up to 99 % for a leaf that is
-        coupled to other leaves alone, with few probes. ``tests/test_calibration.py`` has the table.
+        probes, or a rank of about their number; up to 100 % with two or three probes; 90 to 99 % for leaves with four,
+        the less the more of a leaf's curvature is within it. ``tests/test_calibration.py`` has the table.
 
         Raises:
             ValueError: ``confidence`` is not between 0 and 1.

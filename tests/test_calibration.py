@@ -263,18 +263,18 @@ def test_intervals_hold_the_truth_in_95_of_100_runs(row):
 SEMIDEFINITE = [name for name in SPECTRA if name != "outliers"]
 SMOOTH = ("slq, trace", "slq, second moment", "slq, exp(-H)")
 
-# Two or three probes tell little, and values that leave one of them out rest on one or two: too wide by far.
-# Otherwise wide, or narrow, where the rank without what is negligible is about the number of probes: errors are then
-# now of one size and now of another, which no standard error tells.
-EDGE = (0.89, 1.0)
-# Geometric decay by a third: leaving out a probe changes each value by more than its error.
-STEEP = (0.92, 0.995)
-SKETCHES = {("xtrace", "outliers", 4): EDGE, ("xtrace", "fast", 4): EDGE, ("xtrace", "faster", 4): EDGE} | {
-    (name, "step", k): EDGE for name in ("xtrace", "xnystrace") for k in (4, 8, 12)
+# Values that leave out one of four probes rest on three: 98.1 and 98.8 % over 3200 seeds. Where eigenvalues drop by 500
+# after the sixth, eight probes are nearly exact (100 %), and a value that leaves one of twelve out nearly so (98.5 %).
+SKETCHES = {
+    ("xtrace", spectrum, k): (0.92, 1.0) for spectrum, k in (("fast", 4), ("faster", 4), ("step", 8), ("step", 12))
 }
-# One eigenvalue a hundred times all others: the value that leaves out the probe most along it is far off, the others
-# are not, and few probes seldom show both: 91 % over 1600 seeds with 4 and with 8.
-SKETCHES |= {("xnystrace", "one", k): (0.89, 0.98) for k in (4, 8)}
+# One eigenvalue, or six, a hundred times all others or more: values that leave out the probe
+# most along these are far off, the others are not, and few probes seldom show both: 92 % over 3200 seeds, and 91 to
+# 93 % over 1600 of them.
+SKETCHES |= {("xnystrace", spectrum, k): (0.9, 0.98) for spectrum, k in (("step", 8), ("one", 4), ("one", 8))}
+# Four samples: their spread goes in where it is above the variance's upper bound, which a leaf coupled to no other
+# needs: 98.2 % over 1600 seeds on the flat spectrum, 94 to 98 % on others.
+LEAVES = (0.92, 0.985)
 
 
 def many(num_probes: int, few: int) -> int:
@@ -283,7 +283,7 @@ def many(num_probes: int, few: int) -> int:
 
 SLOW = [
     *(
-        Row(name, spectrum, k, SKETCHES.get((name, spectrum, k), STEEP if spectrum == "geometric" else BAND), MANY)
+        Row(name, spectrum, k, SKETCHES.get((name, spectrum, k), BAND), MANY)
         for name, spectra, counts in (
             ("xtrace", SPECTRA, (4, 8, 12, 20)),
             ("xnystrace", SEMIDEFINITE, (4, 8, 12, 20, 40)),
@@ -298,7 +298,8 @@ SLOW = [
     *(Row("xdiag", spectrum, k) for spectrum in SPECTRA for k in (5, 10, 20)),
     *(Row("diagonal", spectrum, k) for spectrum in SPECTRA for k in (12, 40)),
     *(Row("hutchinson", spectrum, k, seeds=many(k, 4)) for spectrum in SPECTRA for k in (4, 8, 12, 40)),
-    *(Row("hutchinson, by leaf", spectrum, k, seeds=many(k, 4)) for spectrum in SPECTRA for k in (4, 12, 40)),
+    *(Row("hutchinson, by leaf", spectrum, 4, LEAVES, MANY) for spectrum in SPECTRA),
+    *(Row("hutchinson, by leaf", spectrum, k) for spectrum in SPECTRA for k in (12, 40)),
     *(
         Row(f"hutchinson{kind}, by leaf", spectrum, 12, seeds=MANY if "deflated" in kind else SEEDS)
         for kind in (" of normal probes", " on the sphere", ", deflated")
