@@ -57,8 +57,8 @@ def ggn_diagonal(
     with those it has in its batch.
 
     Cost: for each sample one run of the model and one backward pass for each of its outputs, all of these together
-    under ``vmap``: about 10 gradients of the batch for ResNet-20 and ten classes. Where all parameters are weights and
-    biases of linear layers, one row for each sample, the batch runs as a whole and no gradient is formed: 12 gradients
+    under ``vmap``: about 11 gradients of the batch for ResNet-20 and ten classes. Where all parameters are weights and
+    biases of linear layers, one row for each sample, the batch runs as a whole and no gradient is formed: 6 gradients
     instead of 120 for an MLP of 670k parameters. Outputs at each position count as well: too many for most language
     models. Memory: three vectors, and ``chunk_size`` more.
 

@@ -29,7 +29,7 @@ def run_semiorthogonal(matvec: Callable[[Tensor], Tensor], unit: Tensor, num_ste
     Lanczos algorithm with partial reorthogonalization"). Only where it says that one of them may exceed the square root
     of the rounding unit are the last two vectors orthogonalized against the basis, both in the same pass over it: T is
     then as accurate as with full reorthogonalization, up to rounding, and the basis is orthonormal up to that square
-    root. On trained networks in float32 this happens at about every fourth step.
+    root. On trained networks in float32 this happens at every third or fourth step.
 
     The host looks at a few numbers a step, which a kernel must not; on a GPU it waits for them.
     """
@@ -61,8 +61,7 @@ def run_semiorthogonal(matvec: Callable[[Tensor], Tensor], unit: Tensor, num_ste
         betas[i] = length
         residual.div_(length)
         before, now = now, np.append(overlaps, 1.0)
-    coefficients = (torch.from_numpy(values).to(unit) for values in (alphas, betas))
-    diagonal, off_diagonal = coefficients
+    diagonal, off_diagonal = (torch.from_numpy(values).to(unit) for values in (alphas, betas))
     return Tridiagonal(diagonal, off_diagonal[:-1], rows[:num_steps], off_diagonal[-1])
 
 

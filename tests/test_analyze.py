@@ -77,7 +77,7 @@ def test_deflation_makes_the_trace_more_certain(analyzed):
     report = analyze(loss, params, data, **SMALL | {"num_probes": 200}, tol=1e-8, generator=seeded(1))
     plain = hf._trace.hutchinson(H, num_probes=200, generator=seeded(2))
     deflated_spread = float(report.trace.samples.std())
-    assert deflated_spread < 0.85 * float(plain.samples.std())
+    assert deflated_spread < 0.8 * float(plain.samples.std())
 
 
 def test_surface_runs_along_the_first_two_eigenvectors(analyzed):

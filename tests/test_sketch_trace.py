@@ -185,8 +185,9 @@ def test_on_a_decaying_spectrum_they_beat_hutchinson_at_equal_cost(method):
 def test_a_rank_below_the_number_of_probes_gives_the_exact_trace(method, dtype):
     matrix = symmetric([4.0, 3.0, 3.0, 1.0, *[0.0] * 56], dtype=dtype)
     estimate = method(hf.as_operator(matrix), num_probes=12, generator=seeded(1))
-    close = 1e-10 if dtype == F64 else 2e-3
-    assert float(estimate) == pytest.approx(11, rel=close / 20)
+    # A Nystrom approximation is good to the square root of rounding.
+    close = 1e-10 if dtype == F64 else 2e-3 if method is xnystrace else 1e-5
+    assert float(estimate) == pytest.approx(11, rel=1e-11 if dtype == F64 else 1e-4)
     assert float(estimate.stderr) < close
     spent = {deflated: 12, hutchpp: 6 + 4 + 6, xtrace: 12 + 4, xnystrace: 12}[method]
     assert estimate.num_matvecs == spent
