@@ -159,9 +159,10 @@ class Estimate:
         freedom: exact for normal samples, close for others. Over nine spectra of 56 or 60 parameters and 400 or 1600
         seeds, 95 % intervals held the truth in 92 to 98 % of runs for traces, diagonals and squared norms by every
         method and for the leaves of these, where those of the spread of samples alone hold it in as little as 81 %
-        where a few eigenvalues make up most of it. Exceptions: 91 to 100 % for ``xtrace`` and ``xnystrace`` with few
-        probes, or a rank of about their number; up to 100 % with two or three probes; 90 to 99 % for leaves with four,
-        the less the more of a leaf's curvature is within it. ``tests/test_calibration.py`` has the table.
+        where a few eigenvalues make up most of it. Exceptions: up to 100 % with two or three probes, and for
+        ``xtrace`` with four, or as many as there are eigenvalues above a drop; 90 % for ``xtrace`` and ``xnystrace``
+        where two eigenvalues stand high above a flat rest; 90 to 99 % with four probes for leaves coupled to none, or
+        to others alone. ``tests/test_calibration.py`` has the table.
 
         Raises:
             ValueError: ``confidence`` is not between 0 and 1.

