@@ -18,8 +18,7 @@ class Estimate:
 
     Attributes:
         value: the estimate, a scalar; the mean of ``samples``.
-        stderr: standard error of ``value``, a scalar: ``std(samples) / sqrt(num_samples)``; another for ``xtrace`` and
-            ``xnystrace``, whose samples depend on one another, and for ``hutchinson``, ``hutchpp``, ``deflated``,
+        stderr: standard error of ``value``, a scalar: ``std(samples) / sqrt(num_samples)``; another for the traces,
             ``diagonal``, ``frobenius_squared`` and quadrature, which go by the known law of their probes. Infinite
             for a single sample, which tells nothing of its error; 0 where the value is exact.
         samples: the values whose mean is the estimate, shape ``(num_samples,)``. Independent, one for each probe, for
@@ -159,10 +158,9 @@ class Estimate:
         freedom: exact for normal samples, close for others. Over nine spectra of 56 or 60 parameters and 400 or 1600
         seeds, 95 % intervals held the truth in 92 to 98 % of runs for traces, diagonals and squared norms by every
         method and for the leaves of these, where those of the spread of samples alone hold it in as little as 81 %
-        where a few eigenvalues make up most of it. Exceptions: up to 100 % with two or three probes, and for
-        ``xtrace`` with four, or as many as there are eigenvalues above a drop; 90 % for ``xtrace`` and ``xnystrace``
-        where two eigenvalues stand high above a flat rest; 90 to 99 % with four probes for leaves coupled to none, or
-        to others alone. ``tests/test_calibration.py`` has the table.
+        where a few eigenvalues make up most of it. Exceptions: up to 100 % with two or three probes; 90 to
+        99 % with four for leaves coupled to none, or to others alone; those that [`xtrace`][hessfunc.xtrace] and
+        [`xnystrace`][hessfunc.xnystrace] name. ``tests/test_calibration.py`` has the table.
 
         Raises:
             ValueError: ``confidence`` is not between 0 and 1.

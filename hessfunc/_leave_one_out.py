@@ -7,25 +7,33 @@ from typing import NamedTuple
 import torch
 
 from hessfunc._deflation import inner
+from hessfunc._probe_law import law_mean
 from hessfunc._typing import Tensor
+
+ROWS = 16
+"""Vectors to make anew at a time."""
 
 INDEFINITE = 0.5
 """Exponent of rounding below which a negative eigenvalue of the sketch, over the largest, counts as zero."""
 
-RAISED = 0.5
-"""For XNysTrace. Eight probes of a matrix with one eigenvalue, or six, a hundred times all others then hold the truth
-in 94 % of runs, without it in 92; more than that is too much for flat spectra."""
+BELOW = 0.25
+"""Largest part of the values' variance that a covariance below zero stands for.
+
+Where eigenvalues fall fast all of its magnitude would make intervals that hold the truth in up to 100 % of runs, and
+none of it such that do in 92 to 93 %."""
 
 
 class Values(NamedTuple):
-    """One value for each probe, and the standard error of their mean; float64, on the CPU.
+    """One value for each probe, the standard error of their mean, and its degrees of freedom; float64, on the CPU.
 
     Each value is an unbiased estimate of the trace: the probe tests a low-rank approximation that the other
-    probes made. The values depend on one another, which ``spread_and_covariance`` takes into account.
+    probes made. The values depend on one another, which the error takes into account. ``dof`` is ``None`` for those of
+    a spread of samples.
     """
 
     samples: Tensor
     stderr: Tensor
+    dof: float | None = None
 
 
 def xtrace_values(probes: Tensor, images: Tensor, basis: Tensor, products: Tensor) -> Values:
@@ -56,7 +64,15 @@ def xtrace_values(probes: Tensor, images: Tensor, basis: Tensor, products: Tenso
     diagonal, along, slope = curved.diagonal(), component.diagonal(), mixed.diagonal()
     missing = size - len(basis) + full_rank
     tested = quadratic + 2 * along * slope + along.square() * diagonal
-    samples = inner.trace() - diagonal + tested * _ratio(missing, length + along.square())
+    ratio = _ratio(missing, length + along.square())
+    samples = inner.trace() - diagonal + tested * ratio
+    # What the law asks for: with w_i = v_i - P_i v_i the image outside P_i, off w_i
+    quotient = tested * ratio / max(1, missing)
+    taken = seen - own * along
+    behind = _small(basis, images) - inner @ taken
+    behind = behind - own * (own * behind).sum(0) - quotient * taken
+    unit = torch.eye(len(probes), dtype=seen.dtype, device="cpu")
+    laws = 2 * ratio * _squares((unit, images), (-quotient * unit, probes), (-taken, products), (-behind, basis))
 
     # The same with j left out as well, at [j, i]: components along s_i and s_j, which are not orthogonal
     cosine = (own.T @ own).fill_diagonal_(0)
@@ -67,7 +83,7 @@ def xtrace_values(probes: Tensor, images: Tensor, basis: Tensor, products: Tenso
     reach = length + first * along + second * component
     lost = (diagonal + diagonal[:, None] - 2 * cosine * curved) / sine
     pairs = inner.trace() - lost + tested * _ratio(missing + full_rank, reach)
-    return Values(samples, _error(samples, pairs))
+    return Values(samples, *_error(samples, pairs, laws))
 
 
 def nystrom_values(probes: Tensor, images: Tensor) -> Values:
@@ -110,19 +126,22 @@ def nystrom_values(probes: Tensor, images: Tensor) -> Values:
     inverse, weight = scaled @ vectors.T, scaled @ traces @ scaled.T
     b, lost = inverse.diagonal(), weight.diagonal()
     spread = torch.linalg.inv(overlaps)
-    samples = whole - lost / b + (size - count + 1) * spread.diagonal() / b
+    missing = size - count + 1
+    samples = whole - lost / b + missing * spread.diagonal() / b
+    # As in xtrace_values: (H - N_i) v_i = Y B e_i / B_ii, and w_i = V S e_i / S_ii with S the inverse of V^T V
+    laws = 2 * missing * spread.diagonal() * _squares((inverse / b, images), (-spread / b, probes))
 
     # The same with j left out as well, at [j, i]
     off = inverse.clone().fill_diagonal_(0)
     determinant = b * b[:, None] - off.square()
     loss = (b[:, None] * lost + b * lost[:, None] - 2 * off * weight) / determinant
     away = spread.diagonal() - spread.square() / spread.diagonal()[:, None]
-    pairs = whole - loss + (size - count + 2) * away * b[:, None] / determinant
-    return Values(samples, _error(samples, pairs, raised=RAISED))
+    pairs = whole - loss + (missing + 1) * away * b[:, None] / determinant
+    return Values(samples, *_error(samples, pairs, laws))
 
 
 def spread_and_covariance(samples: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """The two parts of the variance of the mean of leave-one-out values; their sum is unbiased.
+    """The spread of leave-one-out values as the variance of a mean, and their covariance; the sum has no bias.
 
     Formula: ``sum_i (T_i - mean T)^2 / (k (k - 1))``, and the mean of ``(T_i - T_ij) (T_j - T_ji)`` over all i other
     than j, where ``T_ij`` tests probe i and leaves j out as well.
@@ -140,35 +159,42 @@ def spread_and_covariance(samples: Tensor, pairs: Tensor) -> tuple[Tensor, Tenso
         samples: the values ``T_i``, at least two, shape ``(k,)``, or ``(k, n)`` for n of them at once.
         pairs: at ``[j, i]`` the value ``T_ij``, shape ``(k, k)`` or ``(k, k, n)``; the diagonal is not used.
     """
-    covariances = _covariances(samples, pairs)
-    return samples.var(0) / len(samples), covariances.mean(0)
+    count = len(samples)
+    others = torch.ones_like(pairs)
+    others[range(count), range(count)] = 0
+    change = (samples - pairs) * others
+    covariance = (change * change.transpose(0, 1)).sum((0, 1)) / (count * (count - 1))
+    return samples.var(0) / count, covariance
 
 
-def _covariances(samples: Tensor, pairs: Tensor) -> Tensor:
-    """The products ``(T_i - T_ij) (T_j - T_ji)``, one for each pair of probes, along the first axis."""
-    change = samples - pairs
-    upper = torch.triu_indices(len(samples), len(samples), 1)
-    return (change * change.transpose(0, 1))[upper[0], upper[1]]
+def _error(samples: Tensor, pairs: Tensor, laws: Tensor) -> tuple[Tensor, float | None]:
+    """Standard error of the mean, infinite for a single value, and its degrees of freedom.
 
+    Each of ``laws`` estimates the variance of one value without bias, as the law of probes on the sphere has it (see
+    [`ProbeLaw`][]): ``2 |B w - (<w, B w> / |w|^2) w|^2`` for a probe w that tests B. These are squares: where a few
+    eigenvalues make up most of B, the spread of the values, which has fourth powers, seldom shows it.
 
-def _error(samples: Tensor, pairs: Tensor, *, raised: float = 0.0) -> Tensor:
-    """Standard error of the mean; infinite for a single value.
-
-    A covariance estimated below zero says that its noise is as large as the variance: its magnitude goes in. Were it cut
-    off at a quarter of the spread, intervals of XTrace would hold the truth in 88 % of runs where two or ten eigenvalues
-    stand high above a flat rest; as it is, they do in up to 100 % where the probes are hardly more than these.
-
-    Args:
-        samples: the values.
-        pairs: those that leave out one more probe each.
-        raised: standard errors of the covariance to add to it. Its noise is skewed, so that most estimates of it are
-            too small.
+    A covariance estimated below zero says that its noise is as large as it is: its magnitude goes in, up to ``BELOW``
+    of the variance.
     """
-    if len(samples) == 1:
-        return samples.new_tensor(torch.inf)
-    covariances = _covariances(samples, pairs)
-    noise = (covariances.square().mean() / len(covariances)).sqrt()
-    return (samples.var() / len(samples) + covariances.mean().abs() + raised * noise).sqrt()
+    count = len(samples)
+    if count == 1:
+        return samples.new_tensor(torch.inf), None
+    variance, dof = law_mean(laws)
+    if not float(variance) > 0:  # exact, up to rounding
+        return samples.std() / count**0.5, None
+    covariance = spread_and_covariance(samples, pairs)[1]
+    covariance = torch.where(covariance < 0, torch.minimum(-covariance, BELOW * variance / count), covariance)
+    return ((variance + (count - 1) * covariance) / count).sqrt(), float(dof)
+
+
+def _squares(*terms: tuple[Tensor, Tensor]) -> Tensor:
+    """Squared norms of the sums of ``columns.T @ rows``."""
+    parts = []
+    for start in range(0, terms[0][0].shape[1], ROWS):
+        some = torch.stack([columns[:, start : start + ROWS].T.to(rows) @ rows for columns, rows in terms]).sum(0)
+        parts.append(_dots(some, some))
+    return torch.cat(parts)
 
 
 def _small(left: Tensor, right: Tensor) -> Tensor:

@@ -141,8 +141,8 @@ class XNysTrace(Sketch):
         self.images = torch.cat([self.images, self.multiply(probes)])
 
     def estimate(self) -> Estimate:
-        samples, stderr = nystrom_values(self.probes, self.images)
-        return Estimate.of(samples, stderr=stderr, num_matvecs=self.num_matvecs)
+        samples, stderr, dof = nystrom_values(self.probes, self.images)
+        return Estimate.of(samples, stderr=stderr, dof=dof, num_matvecs=self.num_matvecs)
 
 
 class XTrace(XNysTrace):
@@ -163,5 +163,5 @@ class XTrace(XNysTrace):
         self.products = torch.cat([self.products, self.multiply(rows)])
 
     def estimate(self) -> Estimate:
-        samples, stderr = xtrace_values(self.probes, self.images, self.basis, self.products)
-        return Estimate.of(samples, stderr=stderr, num_matvecs=self.num_matvecs)
+        samples, stderr, dof = xtrace_values(self.probes, self.images, self.basis, self.products)
+        return Estimate.of(samples, stderr=stderr, dof=dof, num_matvecs=self.num_matvecs)

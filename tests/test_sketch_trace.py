@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 import hessfunc as hf
 from hessfunc import _leave_one_out, _probes
 from hessfunc._leave_one_out import nystrom_values, spread_and_covariance, xtrace_values
+from hessfunc._probe_law import law_mean
 from hessfunc._sketch_trace import deflated, hutchpp, xnystrace, xtrace
 from hessfunc._sketches import HutchPlusPlus, KrylovDeflation
 from hessfunc._trace import draw, hutchinson
@@ -34,13 +35,12 @@ def sphere(num, size, seed):
 
 
 def leave_out(matrix, probes, test, left_out):
-    """The value of the test probe with the images of all probes but those left out, from the definition."""
-    size = len(matrix)
+    """From the definition, the value of the test probe with the images of all probes but those left out; its law."""
     others = [i for i in range(len(probes)) if i not in left_out]
     basis = torch.linalg.qr((probes[others] @ matrix).T)[0]
-    rest = probes[test] - basis @ (basis.T @ probes[test])
-    quadratic = rest @ matrix @ rest * (size - len(others)) / (rest @ rest)
-    return float((basis.T @ matrix @ basis).trace() + quadratic)
+    outside = torch.eye(len(matrix), dtype=F64) - basis @ basis.T
+    tested, law = on_the_sphere(outside @ matrix @ outside, outside @ probes[test], len(matrix) - len(others))
+    return float((basis.T @ matrix @ basis).trace() + tested), law
 
 
 def leave_out_nystrom(matrix, probes, test, left_out):
@@ -49,8 +49,15 @@ def leave_out_nystrom(matrix, probes, test, left_out):
     approximation = images @ torch.linalg.pinv(probes[others] @ images) @ images.T
     basis = torch.linalg.qr(probes[others].T)[0]
     rest = probes[test] - basis @ (basis.T @ probes[test])
-    quadratic = rest @ (matrix - approximation) @ rest * (len(matrix) - len(others)) / (rest @ rest)
-    return float(approximation.trace() + quadratic)
+    tested, law = on_the_sphere(matrix - approximation, rest, len(matrix) - len(others))
+    return float(approximation.trace() + tested), law
+
+
+def on_the_sphere(matrix, probe, dimension):
+    """The quadratic form of a probe that is stretched to the radius of its space, and what it says of its variance."""
+    probe = probe * (dimension / (probe @ probe)) ** 0.5
+    tested, image = probe @ matrix @ probe, matrix @ probe
+    return float(tested), float(2 * (image @ image - tested.square() / dimension))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 9])
@@ -62,32 +69,36 @@ def test_values_and_error_are_those_of_leaving_out_one_probe_and_two(method, spe
     g = seeded(3)
     probes = torch.cat([_probes.sphere(1, 60, generator=g, dtype=F64, device="cpu") for _ in range(k)])
     reference = leave_out if method is xtrace else leave_out_nystrom
-    values = torch.tensor([reference(matrix, probes, i, {i}) for i in range(k)], dtype=F64)
+    values, laws = torch.tensor([reference(matrix, probes, i, {i}) for i in range(k)], dtype=F64).T
     torch.testing.assert_close(estimate.samples, values, rtol=1e-9, atol=1e-9)
     assert float(estimate) == pytest.approx(float(values.mean()), rel=1e-10)
     if k == 1:
         assert float(estimate.stderr) == math.inf
         return
-    change = {(i, j): values[i] - reference(matrix, probes, i, {i, j}) for i in range(k) for j in range(k) if i != j}
-    covariances = torch.stack([change[i, j] * change[j, i] for i, j in change if i < j])
-    variance = values.var() / k + covariances.mean().abs()
-    if method is xnystrace:  # half the covariance's own error on top
-        variance = variance + covariances.square().mean().sqrt() / len(covariances) ** 0.5 / 2
-    expected = variance.sqrt()
-    assert float(estimate.stderr) == pytest.approx(float(expected), rel=1e-7)
+    change = {(i, j): values[i] - reference(matrix, probes, i, {i, j})[0] for i in range(k) for j in range(k) if i != j}
+    covariance = float(sum(change[i, j] * change[j, i] for i, j in change)) / (k * (k - 1))
+    variance = float(laws.mean()) / k
+    if covariance < 0:
+        covariance = min(-covariance, variance / 4)
+    expected = (variance + (1 - 1 / k) * covariance) ** 0.5
+    assert estimate.dof == pytest.approx(float(law_mean(laws)[1]), rel=1e-7)
+    assert float(estimate.stderr) == pytest.approx(expected, rel=1e-7)
 
 
 @pytest.mark.parametrize("spectrum", [DECAYING, INDEFINITE, FLAT, STEP], ids=["decaying", "indefinite", "flat", "step"])
 @pytest.mark.parametrize("method", [xtrace_values, nystrom_values])
 def test_spread_and_covariance_add_up_to_the_variance_of_the_mean(method, spectrum, monkeypatch):
-    """On average over runs, whatever the spectrum: the identity that the standard error rests on."""
+    """On average over runs, whatever the spectrum: the identity that the standard error rests on.
+
+    The law of the probes tells the variance of one value, which is that of the mean without what they have in common.
+    """
     if method is nystrom_values and min(spectrum) < 0:
         pytest.skip("for positive semi-definite operators")
     parts = []
 
-    def kept(samples, pairs, **_options):
-        parts.append([samples.mean(), *spread_and_covariance(samples, pairs)])
-        return samples.mean()
+    def kept(samples, pairs, laws):
+        parts.append([samples.mean(), *spread_and_covariance(samples, pairs), laws.mean() / len(laws)])
+        return samples.mean(), None
 
     monkeypatch.setattr(_leave_one_out, "_error", kept)
     diagonal = torch.tensor(spectrum, dtype=F64)
@@ -100,10 +111,12 @@ def test_spread_and_covariance_add_up_to_the_variance_of_the_mean(method, spectr
         else:
             basis = torch.linalg.qr(images.T)[0].T.contiguous()
             method(probes, images, basis, basis * diagonal)
-    mean, spread, covariance = torch.tensor(parts, dtype=F64).unbind(1)
+    mean, spread, covariance, law = torch.tensor(parts, dtype=F64).unbind(1)
     error = (mean - sum(spectrum)).square() - spread - covariance
     assert abs(float(error.mean())) < 4 * float(error.std()) / 1500**0.5
     assert float(error.std()) / 1500**0.5 < 0.1 * float(mean.var())
+    gap = law - spread - covariance / (4 if spectrum is STEP else 9)
+    assert abs(float(gap.mean())) < 4 * float(gap.std()) / 1500**0.5
     assert float(spread.mean()) < 0.96 * float(mean.var()), "which the spread alone does not tell"
 
 
@@ -112,7 +125,7 @@ def test_xtrace_on_an_indefinite_matrix_is_that_of_the_definition():
     estimate = xtrace(hf.as_operator(matrix), num_probes=6, generator=seeded(3))
     g = seeded(3)
     probes = torch.cat([_probes.sphere(1, 60, generator=g, dtype=F64, device="cpu") for _ in range(6)])
-    values = [leave_out(matrix, probes, i, {i}) for i in range(6)]
+    values = [leave_out(matrix, probes, i, {i})[0] for i in range(6)]
     torch.testing.assert_close(estimate.samples, torch.tensor(values, dtype=F64), rtol=1e-9, atol=1e-9)
 
 
