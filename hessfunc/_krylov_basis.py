@@ -8,6 +8,7 @@ import torch
 from hessfunc import _probes, tree
 from hessfunc._checks import check_finite
 from hessfunc._operators import Operator
+from hessfunc._room import room
 from hessfunc._typing import Tensor
 
 _COLUMNS = 1 << 16
@@ -47,7 +48,7 @@ class KrylovBasis:
         self.ritz_values = np.zeros(0)
         self.residuals = np.zeros(0)
         self._generator = generator
-        self._rows = torch.empty(capacity, operator.size, dtype=operator.dtype, device=operator.device)
+        self._rows = room(torch.empty(0, dtype=operator.dtype, device=operator.device), (capacity, operator.size))
         self._projection = np.zeros((capacity, capacity))
         self._vectors = np.zeros((0, 0))
         self._pending: list[Tensor] = []  # apart, so that taking one out or putting one in copies none
@@ -169,7 +170,8 @@ class KrylovBasis:
                 continue
             coefficients[len(pending), i] = length
             row /= length
-            settled = orthogonal and i < len(rows) and length > ENOUGH * whole
+            # Rows that were pending are orthogonal to the basis, which has grown by others of them
+            settled = (orthogonal or i >= len(rows)) and length > ENOUGH * whole
             for _ in range(0 if settled else _MOST_PASSES):  # a short row lost its orthogonality in the subtraction
                 row.addmv_(basis.T, tree.flat_dot(basis, row), alpha=-1)
                 _project_off(row, pending)

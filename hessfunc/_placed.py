@@ -11,6 +11,7 @@ from torch.fx import Node
 from hessfunc._memory import Memory
 from hessfunc._program import Program, is_write, needed, program
 from hessfunc._recorder import Recording
+from hessfunc._room import room
 from hessfunc._simplify import VIEWS
 
 _aten = torch.ops.aten
@@ -105,7 +106,7 @@ class _Placed:
             self._recording.storage[self.whole] = self._storage
             whole = self._made(_aten.view.default, self.whole, shape)
         else:
-            whole = self.whole = self._made(_aten.new_empty.default, self._recording.inputs[-1], shape, dtype=dtype)
+            whole = self.whole = self._made(room, self._recording.inputs[-1], shape, dtype=dtype)
         values[whole] = values[self.whole] = values[joined]
         instead: dict[Node, list[Node]] = {}
         start = 0

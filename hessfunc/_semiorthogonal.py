@@ -10,6 +10,7 @@ import torch
 from hessfunc import tree
 from hessfunc._deflation import inner, subtract
 from hessfunc._lanczos import Tridiagonal
+from hessfunc._room import room
 from hessfunc._typing import Tensor
 
 ENOUGH = 0.9
@@ -34,7 +35,7 @@ def run_semiorthogonal(matvec: Callable[[Tensor], Tensor], unit: Tensor, num_ste
     The host looks at a few numbers a step, which a kernel must not; on a GPU it waits for them.
     """
     eps = torch.finfo(unit.dtype).eps
-    rows = unit.new_empty(num_steps + 1, len(unit))
+    rows = room(unit, (num_steps + 1, len(unit)))
     rows[0] = unit
     alphas, betas = np.zeros(num_steps), np.zeros(num_steps)
     before, now = np.zeros(0), np.ones(1)

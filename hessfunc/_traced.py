@@ -16,6 +16,7 @@ from hessfunc._checks import ProductWarning
 from hessfunc._kept import Kept, Way, available_memory
 from hessfunc._linearize import Linearized, replayed
 from hessfunc._recorder import NotRecordableError
+from hessfunc._room import room
 from hessfunc._rules import Programs, Rule
 from hessfunc._shadows import Shadow, ShadowError
 from hessfunc._trial import Point, Trial
@@ -96,7 +97,7 @@ class TracedProduct:
             return self._run_eagerly(trial, rows)
         pieces = self._lanes(signature, rows.shape[0])
         way = Way(position, keep, alone=len(pieces) == 1, shared={})
-        whole = None if way.alone else rows.new_empty(len(rows), self._point.image.size, dtype=self._point.image.dtype)
+        whole = None if way.alone else room(rows, (len(rows), self._point.image.size), dtype=self._point.image.dtype)
         start = 0
         for lanes in pieces:
             piece = rows[start : start + lanes]
