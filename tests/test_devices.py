@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hessfunc as hf
-from hessfunc import tree
+from hessfunc import _probes, tree
 
 MAKING_TENSORS_ON_THE_CPU = {"mixture of experts", "graph convolution"}  # the models themselves do
 
@@ -111,6 +111,35 @@ def test_the_default_device_plays_no_part(name):
     with torch.device("meta"):
         result = CALLS[name](cpu_seeded(1))
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", [_probes.signs, _probes.jittered, _probes.normal, _probes.sphere])
+def test_probes_are_drawn_where_the_generator_is_and_lie_where_the_parameters_are(sampler):
+    assert sampler(2, 9, generator=cpu_seeded(1), dtype=torch.float32, device="meta").device.type == "meta"
+
+
+DEVICES = {"cpu": lambda: True, "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("its_own", [False, True], ids=["generator on the CPU", "generator on the device"])
+def test_results_on_a_device_are_those_on_the_cpu(device, its_own):
+    if not DEVICES[device]():
+        pytest.skip(f"no {device} here")
+    loss, params = LOSS, tree.map_leaves(torch.Tensor.float, PARAMS)
+    data = [(x.float(), y) for x, y in DATA]
+    moved = tree.map_leaves(lambda leaf: leaf.to(device), params)
+    operators = hf.hessian(loss, params, data), hf.hessian(loss, moved, [(x.to(device), y.to(device)) for x, y in data])
+    dense = [H.dense().cpu() for H in operators]
+    torch.testing.assert_close(dense[1], dense[0], rtol=1e-3, atol=1e-3)
+    drawn = torch.Generator(device=device if its_own else "cpu")
+    values = [hf.eigsh(H, 2, tol=1e-4, generator=drawn.manual_seed(1)).eigenvalues.cpu() for H in operators]
+    torch.testing.assert_close(values[1], values[0], rtol=1e-3, atol=1e-3)
+    for estimate in (hf.hutchinson, hf.xtrace, hf.deflated):
+        low, high = estimate(operators[1], num_probes=8, generator=drawn.manual_seed(2)).interval(0.9999)
+        assert low <= float(dense[0].trace()) <= high
+    rule = hf.slq(operators[1], num_steps=10, num_probes=4, generator=drawn.manual_seed(3))
+    assert float(rule.cdf(1e3)) == pytest.approx(1, abs=1e-4)
 
 
 class SimulatedTF32(TorchDispatchMode):
