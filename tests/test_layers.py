@@ -17,7 +17,7 @@ TREES = {path.stem: ast.parse(path.read_text(), str(path)) for path in sorted(PA
 LAYERS = {
     "types": ["_typing"],
     "pytrees": ["tree"],
-    "checks and probes": ["_checks", "_probes"],
+    "checks and probes": ["_checks", "_probes", "_room"],
     "torch put right": [
         *("_decompositions", "_explain", "_compat", "_shadows", "_recorder", "_simplify", "_zeros", "_reassociate"),
         *("_program", "_memory", "_placed", "_joint", "_agreement", "_linearize"),
