@@ -3,7 +3,7 @@ import torch
 from helpers import F64, seeded
 
 import hessfunc as hf
-from hessfunc._room import LARGE, room
+from hessfunc._room import HUGE, LARGE, room
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -18,7 +18,8 @@ def test_memory_has_the_shape_and_the_dtype_and_can_be_written_to(dtype, num_byt
     assert memory.untyped_storage().nbytes() == num_bytes
 
 
-def test_other_devices_have_memory_of_their_own():
+def test_other_devices_and_the_largest_blocks_have_memory_by_torch():
+    assert room(torch.zeros(1), (HUGE + 1,), dtype=torch.uint8).shape == (HUGE + 1,)
     assert room(torch.zeros(1, device="meta"), (2, LARGE)).device.type == "meta"
     assert room(torch.zeros(1, dtype=F64), (3,)).dtype == F64
 
