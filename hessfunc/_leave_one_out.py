@@ -51,14 +51,14 @@ def xtrace_values(probes: Tensor, images: Tensor, basis: Tensor, products: Tenso
     size = probes.shape[1]
     inner = _small(basis, products)
     inner = (inner + inner.T) / 2
-    seen = _small(basis, probes)
+    seen, reached = _small(basis, probes), _small(basis, images)
     # What P_i lacks of the whole basis: a direction s_i of its own. If the rank of H is below the number of probes the
     # others span all of it (up to rounding, as the probes' distribution is continuous), and nothing is lacking.
     full_rank = len(basis) == len(probes)
-    own = _dual(_small(basis, images)) if full_rank else torch.zeros_like(seen)
+    own = _dual(reached) if full_rank else torch.zeros_like(seen)
     # In terms of the part of v_i outside all of the basis, and of its component along s_i
     outer = _small(products, probes) - inner @ seen
-    quadratic = _dots(probes, images) - (seen * _small(basis, images)).sum(0) - (outer * seen).sum(0)
+    quadratic = _dots(probes, images) - (seen * reached).sum(0) - (outer * seen).sum(0)
     length = (_dots(probes, probes) - seen.square().sum(0)).clamp(min=0)
     curved, component, mixed = own.T @ inner @ own, own.T @ seen, own.T @ outer
     diagonal, along, slope = curved.diagonal(), component.diagonal(), mixed.diagonal()
@@ -69,7 +69,7 @@ def xtrace_values(probes: Tensor, images: Tensor, basis: Tensor, products: Tenso
     # What the law asks for: with w_i = v_i - P_i v_i the image outside P_i, off w_i
     quotient = tested * ratio / max(1, missing)
     taken = seen - own * along
-    behind = _small(basis, images) - inner @ taken
+    behind = reached - inner @ taken
     behind = behind - own * (own * behind).sum(0) - quotient * taken
     unit = torch.eye(len(probes), dtype=seen.dtype, device="cpu")
     laws = 2 * ratio * _squares((unit, images), (-quotient * unit, probes), (-taken, products), (-behind, basis))

@@ -39,7 +39,7 @@ SPECTRA = {
     "trained": [30.0, 18.0, 9.0, 5.0, 3.0, *powers(1.0, 55)],
     "one": [100.0, *torch.linspace(0, 1, 59).tolist()],
 }
-# No constant of any method was chosen with these in view
+# No constant was chosen with these in view, but for what stands for a covariance below zero in xtrace and xnystrace
 FURTHER = {"two": [40.0, 1.0, *[0.05] * 58], "four": [40.0, 30.0, 20.0, 10.0, *[0.05] * 56]}
 LIKE = {size: {"w": torch.zeros(size - 20, dtype=F64), "b": torch.zeros(20, dtype=F64)} for size in (56, 60)}
 
