@@ -15,7 +15,7 @@ import torch
 from hessfunc import tree
 from hessfunc._checks import check_choice, check_count, check_generator, check_positive
 from hessfunc._eigenpairs import Eigenpairs
-from hessfunc._eigsh import WHICH, eigsh, wanted
+from hessfunc._eigsh import eigsh
 from hessfunc._estimate import Estimate
 from hessfunc._hessian import Product, hessian
 from hessfunc._krylov import Krylov, krylov
@@ -23,6 +23,7 @@ from hessfunc._operators import Operator
 from hessfunc._quadrature import Quadrature
 from hessfunc._trace import hutchinson
 from hessfunc._typing import Batch, Loss, Params, Tensor
+from hessfunc._wanted import WHICH, wanted
 from hessfunc.report import Report
 from hessfunc.surface import loss_surface
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,10 @@ from hessfunc._checks import check_count, check_finite, check_loss_value, check_
 from hessfunc._compat import evaluated
 from hessfunc._data import Batches
 from hessfunc._fingerprint import Fingerprint
-from hessfunc._operators import Operator, Rows
+from hessfunc._operators import Operator
 from hessfunc._rules import Programs, Rule
 from hessfunc._soundness import Soundness
+from hessfunc._terms import Rows, Term, Terms
 from hessfunc._traced import TracedProduct
 from hessfunc._typing import Batch, Loss, Params, Tensor
 
@@ -64,7 +65,7 @@ def over_batches(
         params, batches = checked_point(
             loss, point, data, reduction=reduction, count=count, chunk_size=chunk_size, memory_budget=memory_budget
         )
-        rows = summed(
+        rows, terms = summed(
             loss,
             params,
             batches,
@@ -77,7 +78,7 @@ def over_batches(
             sound=Soundness(product, loss, params, data, name=name) if check else None,
         )
         # What extends the batches may depend on the point, as sampled targets do.
-        return Operator(params, rows, move=at if extend is None else None)
+        return Operator(params, rows, move=at if extend is None else None, terms=terms)
 
     return at(params, check)
 
@@ -123,8 +124,8 @@ def summed(
     domain: tree.Layout | None = None,
     image: tree.Layout | None = None,
     sound: Soundness | None = None,
-) -> Rows:
-    """The product of ``programs`` summed over the batches with their weights, as a map on flat rows.
+) -> tuple[Rows, Terms]:
+    """The product of ``programs`` summed over the batches with their weights, as a map on flat rows, and its terms.
 
     It is linear, but need not be from parameters to parameters: ``domain`` and ``image`` say how vectors and results
     lie where they are of another kind. ``sound`` looks at the first products. The other arguments are those of
@@ -141,36 +142,47 @@ def summed(
         image=image,
     )
 
-    @torch.no_grad()
-    def rows(rows: Tensor) -> Tensor:
-        total = None
-        weights = []
+    def terms() -> Iterator[Term]:
         seen = Fingerprint()
         looking = sound is not None and not torch.compiler.is_compiling()
         for position, (batch, weight) in enumerate(batches):
             arguments = batch if extend is None else extend(position, batch)
+            way: dict[str, Any] = {"batch": arguments, "position": position, "keep": batches.stable}
             if sound is not None and looking:
                 if position == 0:
-                    way: dict[str, Any] = {"batch": arguments, "position": 0, "keep": batches.stable}
                     sound.of_batch(batch, arguments, partial(traced.rows, **way), partial(traced.prepare, **way))
                 if not batches.stable:
                     seen.add(batch)
-            products = traced.rows(rows, arguments, position, keep=batches.stable)
-            check_finite(
-                products,
-                what=f"the {name} on batch {position}",
-                remedy="look at the loss and its gradient there (log of 0, sqrt at 0, overflow in low precision).",
-            )
-            if batches.single:
-                return products
-            total = weight * products if total is None else total.add_(products, alpha=weight)
-            weights.append(weight)
+            yield Term(partial(_finite, traced, name, **way), weight, batches.divisor(position, weight))
         if sound is not None and looking and not batches.stable:
             sound.of_pass(seen)
-        assert total is not None  # an empty pass raises
-        return total.div_(batches.total(weights))
 
-    return rows
+    @torch.no_grad()
+    def rows(rows: Tensor) -> Tensor:
+        total, divisor = None, 0.0
+        for products_of, weight, share in terms():
+            products = products_of(rows)
+            divisor += share
+            if total is None:
+                total = products if weight == 1 else weight * products
+            else:
+                total.add_(products, alpha=weight)
+        assert total is not None  # an empty pass raises
+        return total if divisor == 1 else total.div_(divisor)
+
+    return rows, terms
+
+
+@torch.no_grad()
+def _finite(traced: TracedProduct, name: str, rows: Tensor, *, position: int, **way: Any) -> Tensor:
+    """Products with rows on one batch, none of them NaN or infinite."""
+    products = traced.rows(rows, position=position, **way)
+    check_finite(
+        products,
+        what=f"the {name} on batch {position}",
+        remedy="look at the loss and its gradient there (log of 0, sqrt at 0, overflow in low precision).",
+    )
+    return products
 
 
 def _check_first_batch(loss: Loss, params: Params, batches: Batches) -> None:

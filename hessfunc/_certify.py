@@ -1,8 +1,8 @@
-"""What solvers for eigenpairs share: start vectors, tolerances, and residuals computed anew at the end."""
+"""What solvers for eigenpairs share: start vectors, tolerances, and residuals checked at the end."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,12 @@ from hessfunc._typing import Tensor
 
 NOISE = 50
 """Residuals below this many units of rounding of the largest eigenvalue count as zero."""
+
+_SAFETY = 10
+"""A combination with normal weights is this much shorter than what it is of in one of twelve cases."""
+
+_ROUNDING = 4
+"""Units of rounding of the largest eigenvalue that a product is off by at least."""
 
 
 def tolerances(values: np.ndarray, scale: float, tol: float, dtype: torch.dtype) -> np.ndarray:
@@ -52,9 +58,70 @@ def certified(H: Operator, rows: Tensor, *, which: str, tol: float, scale: float
     values = torch.stack([tree.flat_dot(row, product) / tree.flat_dot(row, row) for row, product in pairs])
     residuals = torch.stack([tree.flat_norm(p - value * row) for value, (row, p) in zip(values, pairs, strict=True)])
     del products, pairs
-    keys = {"LM": -values.abs(), "SA": values}.get(which, -values)
-    order = torch.argsort(keys, stable=True)
+    order = _in_order(values, which)
     limits = tolerances(values.cpu().double().numpy(), scale, tol, H.dtype)
     converged = residuals <= torch.from_numpy(limits).to(residuals)
     vectors = H.layout.unravel_rows(rows[order])
     return Eigenpairs(values[order], vectors, residuals[order], converged[order], num_matvecs)
+
+
+def _in_order(values: Tensor, which: str) -> Tensor:
+    keys = {"LM": -values.abs(), "SA": values}.get(which, -values)
+    return torch.argsort(keys, stable=True)
+
+
+class Claim(NamedTuple):
+    """What a recurrence says of orthonormal ``rows`` of shape ``(k, size)``.
+
+    Attributes:
+        rows: approximate eigenvectors.
+        values: their Rayleigh quotients, float64.
+        residuals: their residuals, likewise.
+        weights: random weights of a combination of them, float64.
+        remainder: the combination of ``H v - values * v``, shape ``(size,)``.
+    """
+
+    rows: Tensor
+    values: np.ndarray
+    residuals: np.ndarray
+    weights: np.ndarray
+    remainder: Tensor
+
+
+def can_confirm(values: np.ndarray, residuals: np.ndarray, tol: float, scale: float, dtype: torch.dtype) -> bool:
+    """Whether residuals leave room within the tolerance for the rounding of a combination, as [`confirmed`][] asks."""
+    rounding = _ROUNDING * len(values) ** 0.5 * torch.finfo(dtype).eps * scale
+    return bool((residuals + _SAFETY * rounding <= tolerances(values, scale, tol, dtype)).all())
+
+
+def confirmed(
+    H: Operator, claim: Claim, *, which: str, tol: float, scale: float, num_matvecs: int
+) -> Eigenpairs | None:
+    """The eigenpairs that a recurrence claims, if one product with a combination of all of them bears it out.
+
+    If the recurrence is off, for lack of orthogonality or since products do not repeat, the combination shows it: it
+    differs from what is claimed by the same combination of what each pair is off by. Ten times that difference has to
+    fit in what each residual leaves of the tolerance, and it is added to the residuals. ``None`` if it does not, and
+    where vectors are handed out in a lower precision than they were found in.
+
+    Raises:
+        NonFiniteError: the product is NaN or infinite.
+    """
+    if any(dtype != H.dtype for dtype in H.layout.dtypes):
+        return None
+    weights, along = (torch.from_numpy(x).to(claim.rows) for x in (claim.weights, claim.weights * claim.values))
+    product = H.vector(weights @ claim.rows)
+    check_finite(product, what="the product with eigenvectors", remedy="nothing can be learnt from it; check H.")
+    off = float(tree.flat_norm(product - claim.remainder - along @ claim.rows))
+    limits = tolerances(claim.values, scale, tol, H.dtype)
+    if not (claim.residuals + _SAFETY * off <= limits).all():
+        return None
+    values, residuals = (torch.from_numpy(x).to(claim.rows) for x in (claim.values, claim.residuals + off))
+    order = _in_order(values, which)
+    return Eigenpairs(
+        values[order],
+        H.layout.unravel_rows(claim.rows[order]),
+        residuals[order],
+        torch.ones_like(order, dtype=torch.bool),
+        num_matvecs,
+    )

@@ -61,7 +61,11 @@ class Batches:
 
     def total(self, weights: list[float]) -> float:
         """What the weighted sum of one pass is to be divided by."""
-        return sum(weights) if self.reduction == "mean" else 1.0
+        return sum(self.divisor(position, weight) for position, weight in enumerate(weights))
+
+    def divisor(self, position: int, weight: float) -> float:
+        """What a batch adds to that number, which is 1 for a sum."""
+        return weight if self.reduction == "mean" else float(position == 0)
 
     def _arguments(self, batch: Batch) -> tuple[Any, ...]:
         arguments = tuple(batch) if isinstance(batch, tuple | list) else (batch,)

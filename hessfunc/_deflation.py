@@ -9,6 +9,7 @@ import torch
 from hessfunc._checks import check_like
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._operators import Operator
+from hessfunc._terms import Rows
 from hessfunc._typing import Params, Tensor
 
 
@@ -77,9 +78,18 @@ class Deflation:
 
         Second, the products of ``(I - P) H (I - P)`` with the probes.
         """
-        products = H.rows(self.project(probes))
+        found, products = self.remainders(H, H.rows, probes)
+        return found + self.leaf_traces, products
+
+    def remainders(self, H: Operator, rows: Rows, probes: Tensor) -> tuple[Tensor, Tensor]:
+        """The same without the known part, for any of the matrices that ``H`` is a sum of.
+
+        Their sum has the mean ``tr(E B)``, and with each of them in place of ``H`` in what is said of it above so has
+        each of these by itself, up to what cancels in the sum.
+        """
+        products = rows(self.project(probes))
         if not len(self.rows):
-            return leaf_sums(probes * products, H) + self.leaf_traces, products
+            return leaf_sums(probes * products, H), products
         inside = inner(products, self.rows) @ self.rows
         products = products - inside
         found = leaf_sums(probes * products, H)
@@ -89,7 +99,7 @@ class Deflation:
             across = 2 * leaf_sums(probes * inside, H)
             share = leaf_sums(self.rows.square(), H).sum(0) / len(self.rows)
             found = found + across - across.sum(1, keepdim=True) * share
-        return found + self.leaf_traces, products
+        return found, products
 
 
 def leaf_sums(rows: Tensor, H: Operator) -> Tensor:

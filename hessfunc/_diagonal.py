@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hessfunc._checks import check_count, check_finite, check_generator
+from hessfunc._chunks import chunk_length, draw
 from hessfunc._deflation import extend_basis, leaf_sums, products_of
 from hessfunc._estimate import Estimate
 from hessfunc._leave_one_out import spread_and_covariance
@@ -14,8 +15,7 @@ from hessfunc._operators import Operator
 from hessfunc._probe_law import ProbeLaw
 from hessfunc._probes import Sampler, jittered, signs
 from hessfunc._square_law import SquareLaw
-from hessfunc._stopping import Stopping
-from hessfunc._trace import chunk_length, draw
+from hessfunc._stopping import FIRST, Stopping
 from hessfunc._typing import Params, Tensor
 
 ENTRIES = 4096
@@ -217,7 +217,7 @@ def frobenius_squared(
     stopping = Stopping.of(num_probes, rtol, atol, confidence, max_probes)
     check_generator(generator)
     parts: list[Tensor] = []
-    count, goal = 0, stopping.first
+    count, goal = 0, stopping.starting(FIRST)
     with torch.no_grad():
         law = SquareLaw(sampler, H)
         while True:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from hessfunc import _probes
-from hessfunc._certify import certified, given_rows, tolerances
+from hessfunc._certify import Claim, can_confirm, certified, confirmed, given_rows, tolerances
 from hessfunc._checks import (
     ConvergenceWarning,
     NonFiniteError,
@@ -23,14 +22,10 @@ from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._krylov_basis import KrylovBasis
 from hessfunc._operators import Operator
 from hessfunc._typing import Params, Tensor
-
-WHICH = ("LM", "LA", "SA", "BE")
+from hessfunc._wanted import WHICH, Goal
 
 _PURE = 0.1
 """Share of the tolerance below which a residual leaves no room for another eigenvector of a cluster."""
-
-_FEW = 4
-"""Tolerances within which eigenvalues make a cluster."""
 
 
 def eigsh(
@@ -52,9 +47,11 @@ def eigsh(
     ``|H v - lambda v| <= tol * |lambda|``, or is at the rounding level of ``H``. A single Krylov space holds one copy
     of a repeated eigenvalue and can pass by one closer than ``tol`` to another, so once k pairs are accepted, a few
     Lanczos steps from a fresh random vector orthogonal to them look for one that was missed, and the search goes
-    on if there is one. At the end every residual is computed anew from a product with the returned vector.
+    on if there is one. At the end one product with a random combination of all the vectors tells whether residuals are
+    those of the recurrence; if it differs by more than a tenth of what they leave of the tolerance, and where that is
+    at the level of rounding, every residual is computed anew from a product with its vector.
 
-    Cost: typically ``3 k + 20`` matvecs in all at the default tolerance, of which ``verify_steps`` and k are for the
+    Cost: typically ``2 k + 20`` matvecs in all at the default tolerance, of which ``verify_steps`` and one are for the
     checks; far more where the wanted eigenvalues lie close to the rest, or close to zero, to which ``tol`` is relative.
     Memory: ``max_basis + k + 2 * block_size`` vectors, and one for each round of the search for missed pairs. A pass
     over the data serves ``block_size`` products.
@@ -121,7 +118,7 @@ def eigsh(
     check_count(max_matvecs, name="max_matvecs", minimum=least, why="; k to start with, verify_steps and k for checks")
 
     with torch.no_grad():
-        goal = _Goal(k, which, tol, max_matvecs - k)
+        goal = Goal(k, which, tol, max_matvecs - k)
         basis = KrylovBasis(H, max_basis, block_size, generator)
         basis.begin(_start_rows(H, v0, block_size, generator))
         try:
@@ -129,51 +126,14 @@ def eigsh(
         except NonFiniteError as error:
             raise error.keeping(_Found.of(basis, goal).pairs(H, tol) if basis.count else None) from None
         found = _Found.of(basis, goal)
+        claim = _claim(basis, goal, found, generator) if verified and found.num_matvecs < goal.budget else None
         del basis  # makes room for the products with the result
-        spent = found.num_matvecs + k
         try:
-            pairs = certified(H, found.rows, which=which, tol=tol, scale=found.scale, num_matvecs=spent)
+            pairs = _checked(H, goal, found, claim)
         except NonFiniteError as error:
             raise error.keeping(found.pairs(H, tol)) from None
     _warn(goal, verified, pairs)
     return pairs
-
-
-@dataclass(frozen=True)
-class _Goal:
-    """What is asked for: which pairs, how accurate, and within how many products."""
-
-    k: int
-    which: str
-    tol: float
-    budget: int
-
-    def order(self, basis: KrylovBasis) -> np.ndarray:
-        """Indices of all Ritz pairs, the most wanted first."""
-        return wanted(basis.ritz_values, self.which)
-
-    def values(self, basis: KrylovBasis) -> np.ndarray:
-        """The wanted Ritz values, ascending."""
-        return np.sort(basis.ritz_values[self.order(basis)[: self.k]])
-
-    def unchanged(self, before: np.ndarray | None, now: np.ndarray, basis: KrylovBasis) -> bool:
-        """Whether wanted values are the same as before, to the tolerance."""
-        return before is not None and bool(
-            (np.abs(now - before) <= tolerances(before, basis.scale, self.tol, basis.dtype)).all()
-        )
-
-    def crowded(self, basis: KrylovBasis) -> bool:
-        """Whether two of the wanted Ritz values, or the last and the next, lie within a few tolerances."""
-        near = np.sort(basis.ritz_values[self.order(basis)[: self.k + 1]])
-        return bool((np.diff(near) <= _FEW * tolerances(near[1:], basis.scale, self.tol, basis.dtype)).any())
-
-    def open(self, basis: KrylovBasis) -> np.ndarray:
-        """Indices of the wanted Ritz pairs whose residuals are still too large."""
-        order = self.order(basis)[: self.k]
-        # A little below the tolerance, so that rounding does not undo it in the residuals computed at the end.
-        return order[
-            basis.residuals[order] > 0.98 * tolerances(basis.ritz_values[order], basis.scale, self.tol, basis.dtype)
-        ]
 
 
 class _Found(NamedTuple):
@@ -186,7 +146,7 @@ class _Found(NamedTuple):
     num_matvecs: int
 
     @classmethod
-    def of(cls, basis: KrylovBasis, goal: _Goal) -> _Found:
+    def of(cls, basis: KrylovBasis, goal: Goal) -> _Found:
         order = goal.order(basis)[: goal.k]
         values, residuals = basis.ritz_values[order], basis.residuals[order]
         return cls(basis.ritz_rows(order), values, residuals, basis.scale, basis.num_matvecs)
@@ -203,20 +163,25 @@ class _Found(NamedTuple):
         )
 
 
-def wanted(values: np.ndarray, which: str) -> np.ndarray:
-    """Indices of eigenvalues, the most wanted first."""
-    if which == "LM":
-        return np.argsort(-np.abs(values), kind="stable")
-    ascending = np.argsort(values, kind="stable")
-    if which == "SA":
-        return ascending
-    if which == "LA":
-        return ascending[::-1]
-    order = np.empty_like(ascending)
-    half = (len(values) + 1) // 2
-    order[0::2] = ascending[::-1][:half]
-    order[1::2] = ascending[: len(values) - half]
-    return order
+def _claim(basis: KrylovBasis, goal: Goal, found: _Found, generator: torch.Generator) -> Claim | None:
+    """What one product can check, or None where rounding is as large as what is to be seen."""
+    if goal.k == 1 or not can_confirm(found.values, found.residuals, goal.tol, basis.scale, basis.dtype):
+        return None
+    weights = _probes.normal(1, goal.k, generator=generator, dtype=torch.float64, device="cpu")[0].numpy()
+    remainder = basis.remainder(goal.order(basis)[: goal.k], weights)
+    return Claim(found.rows, found.values, found.residuals, weights, remainder)
+
+
+def _checked(H: Operator, goal: Goal, found: _Found, claim: Claim | None) -> Eigenpairs:
+    """With residuals that a product was made for: one with all vectors together, or else one with each."""
+    spent = found.num_matvecs
+    if claim is not None:
+        spent += 1
+        pairs = confirmed(H, claim, which=goal.which, tol=goal.tol, scale=found.scale, num_matvecs=spent)
+        if pairs is not None:
+            return pairs
+    spent += goal.k
+    return certified(H, found.rows, which=goal.which, tol=goal.tol, scale=found.scale, num_matvecs=spent)
 
 
 def _start_rows(H: Operator, v0: Any, block_size: int, generator: torch.Generator) -> Tensor:
@@ -227,7 +192,7 @@ def _start_rows(H: Operator, v0: Any, block_size: int, generator: torch.Generato
     return torch.stack([rows[i::block_size].sum(0) for i in range(min(block_size, len(rows)))])
 
 
-def _solve(basis: KrylovBasis, goal: _Goal, verify_steps: int) -> bool:
+def _solve(basis: KrylovBasis, goal: Goal, verify_steps: int) -> bool:
     """Whether the search for missed pairs came to its end."""
     settled, verified = None, False
     while _search(basis, goal, goal.budget - verify_steps):
@@ -240,7 +205,7 @@ def _solve(basis: KrylovBasis, goal: _Goal, verify_steps: int) -> bool:
     return verified
 
 
-def _search(basis: KrylovBasis, goal: _Goal, budget: int) -> bool:
+def _search(basis: KrylovBasis, goal: Goal, budget: int) -> bool:
     """Expand and restart until the wanted pairs are accepted (True) or the budget is spent (False)."""
     while True:
         if basis.count >= goal.k:
@@ -255,7 +220,7 @@ def _search(basis: KrylovBasis, goal: _Goal, budget: int) -> bool:
         _expand(basis, goal, width)
 
 
-def _expand(basis: KrylovBasis, goal: _Goal, width: int) -> None:
+def _expand(basis: KrylovBasis, goal: Goal, width: int) -> None:
     if basis.count + width > basis.capacity:
         # The wanted pairs and the half of the rest next to them: accepted ones stay, which locks them.
         keep = min(goal.k + (basis.count - goal.k) // 2, basis.capacity - width)
@@ -263,7 +228,7 @@ def _expand(basis: KrylovBasis, goal: _Goal, width: int) -> None:
     basis.expand(width)
 
 
-def _unchallenged(basis: KrylovBasis, goal: _Goal, before: np.ndarray, steps: int) -> bool:
+def _unchallenged(basis: KrylovBasis, goal: Goal, before: np.ndarray, steps: int) -> bool:
     """Whether the wanted values stay as they are while the basis grows from a fresh random vector."""
     n = basis.operator.size
     if basis.capacity < min(n, basis.count + steps):
@@ -283,7 +248,7 @@ def _unchallenged(basis: KrylovBasis, goal: _Goal, before: np.ndarray, steps: in
     return True
 
 
-def _emerging(basis: KrylovBasis, goal: _Goal) -> bool:
+def _emerging(basis: KrylovBasis, goal: Goal) -> bool:
     """Whether a pair that the random vector brought in is within its residual of being wanted, or holds another."""
     order, values, reach = goal.order(basis), basis.ritz_values, basis.along_first()
     chosen, rest = values[order[: goal.k]], order[goal.k :]
@@ -296,7 +261,7 @@ def _emerging(basis: KrylovBasis, goal: _Goal) -> bool:
     return bool(near or mixed)
 
 
-def _warn(goal: _Goal, verified: bool, pairs: Eigenpairs) -> None:
+def _warn(goal: Goal, verified: bool, pairs: Eigenpairs) -> None:
     num_converged = int(pairs.converged.sum())
     if verified and num_converged == goal.k:
         return

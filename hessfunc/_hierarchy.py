@@ -160,7 +160,7 @@ def ggn_hierarchy(
             chunk_size=chunk_size,
             memory_budget=budget // 4,  # four programs keep residuals
             **layouts,
-        )
+        )[0]
 
     project = over(terms.project, image=tree.Layout.of(square))
     lift = over(terms.lift, domain=tree.Layout.of(square))

@@ -12,7 +12,6 @@ from hessfunc._certify import certified
 from hessfunc._checks import ConvergenceWarning, NonFiniteError, check_choice, check_count, check_positive
 from hessfunc._deflation import leaf_sums
 from hessfunc._eigenpairs import Eigenpairs
-from hessfunc._eigsh import WHICH, wanted
 from hessfunc._estimate import Estimate
 from hessfunc._lanczos import Tridiagonal
 from hessfunc._operators import Operator
@@ -22,6 +21,7 @@ from hessfunc._quadrature import Quadrature
 from hessfunc._runs import check_options, continued, deflated_rows, normalized, run_deflated
 from hessfunc._semiorthogonal import run_semiorthogonal
 from hessfunc._typing import Tensor
+from hessfunc._wanted import WHICH, wanted
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,19 @@ class KrylovBasis:
         """Ritz vectors as rows, in the order of the indices given."""
         return self._weights(self._vectors[:, order]) @ self._rows[: self.count]
 
+    def remainder(self, order: np.ndarray, weights: np.ndarray) -> Tensor:
+        """``sum of weight * (H y - theta y)`` over the Ritz pairs of these indices, shape ``(size,)``.
+
+        The last that is asked of a basis: it takes the memory of a pending row.
+        """
+        along = (self._coupling @ (self._vectors[:, order] @ weights)).tolist()
+        if not along:
+            return self._rows.new_zeros(self.operator.size)
+        total = self._pending[0].mul_(along[0])
+        for row, share in zip(self._pending[1:], along[1:], strict=True):
+            total.add_(row, alpha=share)
+        return total
+
     def restart(self, order: np.ndarray) -> None:
         """Shrink the basis to the Ritz vectors given; the pending rows stay."""
         keep = len(order)

@@ -13,11 +13,11 @@ from hessfunc import tree
 from hessfunc._certify import NOISE
 from hessfunc._checks import ProductWarning, check_choice, check_count, check_finite, check_generator, check_params
 from hessfunc._data import Batches
-from hessfunc._eigsh import wanted
 from hessfunc._lanczos import eigh_tridiagonal, lanczos
 from hessfunc._probes import normal
 from hessfunc._products import hvp_unchecked
 from hessfunc._typing import Loss, Params, Tensor
+from hessfunc._wanted import wanted
 
 
 @dataclass(frozen=True)

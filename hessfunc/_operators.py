@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,8 @@ from scipy.sparse.linalg import LinearOperator
 from hessfunc import tree
 from hessfunc._checks import check_count, check_like, check_params
 from hessfunc._compat import is_plain
+from hessfunc._terms import Rows, Term, Terms, paired, summed_rows
 from hessfunc._typing import Matvec, Params, Tensor
-
-Rows = Callable[[Tensor], Tensor]
 
 
 class Operator:
@@ -23,6 +23,8 @@ class Operator:
     Attributes:
         like: a pytree with the structure, shapes, dtypes and device of the vectors.
         layout: how such a pytree lies in a flat vector ([`Layout`][hessfunc.tree.Layout]).
+        terms: a function that makes one pass over the data and yields a [`Term`][] for each batch, for vectors that
+            differ from batch to batch; ``None`` where the operator is not known as a sum over batches.
 
     ``H(v)`` is one product. ``H.matmat(V)`` takes pytrees with a leading axis of length K; ``H.vector(x)`` and
     ``H.rows(X)`` are the same two on flat arrays of shape ``(size,)`` and ``(K, size)``. ``torch.func.vmap`` over
@@ -31,10 +33,18 @@ class Operator:
     ``2.0 * H``, ``H.shift(1e-4)``.
     """
 
-    def __init__(self, like: Params, rows: Rows, *, move: Callable[[Params], Operator] | None = None) -> None:
+    def __init__(
+        self,
+        like: Params,
+        rows: Rows,
+        *,
+        move: Callable[[Params], Operator] | None = None,
+        terms: Terms | None = None,
+    ) -> None:
         check_params(like, name="like")
         self.like = tree.detach(like)
         self.layout = tree.Layout.of(self.like)
+        self.terms = terms
         self._rows = rows
         self._move = move
 
@@ -133,7 +143,11 @@ class Operator:
     def __mul__(self, factor: float) -> Operator:
         if not isinstance(factor, int | float):
             return NotImplemented
-        return self._derived(lambda rows: factor * self.rows(rows), lambda params: factor * self.at(params))
+        return self._derived(
+            lambda rows: factor * self.rows(rows),
+            lambda params: factor * self.at(params),
+            lambda term: lambda rows: factor * term.rows(rows),
+        )
 
     __rmul__ = __mul__
 
@@ -143,20 +157,30 @@ class Operator:
     def shift(self, amount: float) -> Operator:
         """``H + amount * I``: the Hessian with weight decay ``amount / 2 * |params|^2`` added to the loss."""
         return self._derived(
-            lambda rows: self.rows(rows).add(rows, alpha=amount), lambda params: self.at(params).shift(amount)
+            lambda rows: self.rows(rows).add(rows, alpha=amount),
+            lambda params: self.at(params).shift(amount),
+            lambda term: lambda rows: term.rows(rows).add(rows, alpha=amount * term.divisor / term.weight),
         )
 
     def _combine(self, other: Operator, factor: float) -> Operator:
         if not isinstance(other, Operator):
             return NotImplemented
         check_like(other.like, self.like, name="other.like", reference="H.like")
-        return self._derived(
-            lambda rows: self.rows(rows).add(other.rows(rows), alpha=factor),
-            lambda params: self.at(params)._combine(other.at(params), factor),
+        return Operator(
+            self.like,
+            functools.partial(summed_rows, self.rows, other.rows, factor),
+            move=lambda params: self.at(params)._combine(other.at(params), factor),
+            terms=None if self.terms is None or other.terms is None else paired(self.terms, other.terms, factor),
         )
 
-    def _derived(self, rows: Rows, move: Callable[[Params], Operator]) -> Operator:
-        return Operator(self.like, rows, move=move)
+    def _derived(self, rows: Rows, move: Callable[[Params], Operator], by_term: Callable[[Term], Rows]) -> Operator:
+        own = self.terms
+
+        def terms() -> Iterator[Term]:
+            assert own is not None
+            return (term._replace(rows=by_term(term)) for term in own())
+
+        return Operator(self.like, rows, move=move, terms=None if own is None else terms)
 
     def _check_flat(self, array: Tensor, *, dims: int) -> None:
         if not isinstance(array, torch.Tensor) or array.dim() != dims or array.shape[-1] != self.size:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,22 @@ _STEPS = torch.linspace(0, 1, 21, dtype=torch.float64, device="cpu").unsqueeze(1
 
 _PRIOR = 1.5
 """Deviation added to the spread of summands, as a multiple of their squared mean; it is 2 where the rank is one."""
+
+
+class Summands(NamedTuple):
+    """What one probe each says of the variance of ``<v, B v>``, up to a factor of 2, by leaf.
+
+    Attributes:
+        leaves: of ``S`` for each leaf, shape ``(m, num_leaves)``; see [`leaf_errors`][].
+        parts: of each leaf's part in the whole, likewise.
+    """
+
+    leaves: Tensor
+    parts: Tensor
+
+    def scaled(self, factor: float) -> Summands:
+        """For a matrix whose squares are so many times as large."""
+        return Summands(factor * self.leaves, factor * self.parts)
 
 
 class Entries:
@@ -96,19 +113,48 @@ class ProbeLaw:
 
         The spread also sees what is not the probes' noise, such as products that are not those of one symmetric matrix.
         """
+        return with_errors(plain, [self.summands()])
+
+    def summands(self) -> Summands:
+        """Estimates of the variance's parts, from one probe each."""
         first = int(self.sampler in SIGNED)  # one probe tells no variance
-        if len(plain.samples) == 1 or not self.parts or plain.leaf_samples is None:
-            return plain
-        parts = torch.cat(self.parts)[first:]
-        mean, dof = law_mean(parts.sum(1))
-        if not 0 < float(mean) < math.inf:
-            return plain
-        count = len(plain.samples)
-        variance, dof = or_spread(2 * mean, plain.stderr.square() * count, dof, count)
-        leaf_stderr, leaf_dof = leaf_errors(plain.leaf_samples, torch.cat(self.leaves)[first:], parts)
-        return replace(
-            plain, stderr=(variance / count).sqrt(), dof=float(dof), leaf_stderr=leaf_stderr, leaf_dof=leaf_dof
-        )
+        if not self.parts:
+            nothing = torch.empty(0, len(self.H.layout.sizes), dtype=torch.float64, device="cpu")
+            return Summands(nothing, nothing)
+        return Summands(torch.cat(self.leaves)[first:], torch.cat(self.parts)[first:])
+
+
+def with_errors(plain: Estimate, groups: Sequence[Summands]) -> Estimate:
+    """A mean of sums of independent forms, with the standard errors by the law, from the summands of each form.
+
+    Of its spread as in [`ProbeLaw.applied`][].
+    """
+    groups = [group for group in groups if len(group.parts)]
+    if len(plain.samples) == 1 or not groups or plain.leaf_samples is None:
+        return plain
+    mean, dof = added([law_mean(group.parts.sum(1)) for group in groups])
+    if not 0 < float(mean) < math.inf:
+        return plain
+    count = len(plain.samples)
+    variance, dof = or_spread(2 * mean, plain.stderr.square() * count, dof, count)
+    shares = torch.stack([group.parts.mean(0) for group in groups]).sum(0)
+    leaf_stderr, leaf_dof = leaf_errors_of(
+        plain.leaf_samples, *added([law_mean(group.leaves) for group in groups]), shares
+    )
+    return replace(plain, stderr=(variance / count).sqrt(), dof=float(dof), leaf_stderr=leaf_stderr, leaf_dof=leaf_dof)
+
+
+def added(means: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Sum of independent variances that are not negative, each with its degrees of freedom, by Satterthwaite's formula.
+
+    What a sum has by one of its parts alone it has as that part has it.
+    """
+    if len(means) == 1:
+        return means[0]
+    values, degrees = (torch.stack(parts) for parts in zip(*means, strict=True))
+    total = values.sum(0)
+    shares = (values / total).square() / degrees
+    return total, 1 / torch.where(values > 0, shares, 0.0).sum(0)
 
 
 def blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -164,15 +210,18 @@ def leaf_errors(samples: Tensor, summands: Tensor, parts: Tensor) -> tuple[Tenso
         summands: estimates of ``S`` from one probe each, shape ``(m, num_leaves)``.
         parts: of ``b W``, likewise; those of all leaves add up to ``W``.
     """
+    return leaf_errors_of(samples, *law_mean(summands), parts.mean(0))
+
+
+def leaf_errors_of(samples: Tensor, mean: Tensor, dof: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from ``S`` with its degrees of freedom, and from ``b W``, all of shape ``(num_leaves,)``."""
     count = len(samples)
     spread = samples.var(0)
-    mean, dof = law_mean(summands)
     known = (mean > 0) & (mean < math.inf)
     mean, dof = torch.where(known, mean, 1.0), torch.where(known, dof, 1.0)
-    whole = parts.sum(1).mean()
-    slope = (parts.mean(0) / whole).nan_to_num(0, 0, 0)
+    slope = (parts / parts.sum()).nan_to_num(0, 0, 0)
     # In units of S
-    explained = (2 * slope * (parts.mean(0) / mean)).nan_to_num(0, 0, 0).clamp(0, 2)
+    explained = (2 * slope * (parts / mean)).nan_to_num(0, 0, 0).clamp(0, 2)
     rest = (samples - slope * samples.sum(1, keepdim=True)).var(0) / mean
     low = (1 - explained).clamp(min=0)
     # Not to divide by zero where there is one leaf only

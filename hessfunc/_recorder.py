@@ -87,6 +87,7 @@ class _Recorder(TorchDispatchMode):
         self._shadows = Shadows() if on_shadows else None
         self.recording = Recording()
         self._nodes = WeakTensorKeyDictionary()
+        self._kinds: dict[Any, _Kind] = {}
 
     def add_input(self, tensor: Tensor, name: str) -> None:
         node = self.recording.graph.placeholder(name)
@@ -106,24 +107,23 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tags = func.tags
-        dynamic = torch.Tag.dynamic_output_shape in tags and not _picks_by_number(func, args)
-        if dynamic or torch.Tag.data_dependent_output in tags:
+        kind = self._kinds.get(func) or self._kinds.setdefault(func, _Kind.of(func))
+        if kind.decides or (kind.dynamic and not _picks_by_number(func, args)):
             raise NotRecordableError(f"the values of a tensor decide on shapes or on the way taken ({func})")
         result = self._shadows.run(func, args, kwargs) if self._shadows else func(*args, **kwargs)
-        if func._schema.name in _METADATA:  # about shapes and layouts, which a recording fixes anyway
+        if kind.metadata:
             return result
-        results = [leaf for leaf in leaves(result) if leaf is not None]
-        if any(not isinstance(leaf, torch.Tensor) for leaf in results):
+        results = [result] if isinstance(result, torch.Tensor) else [x for x in leaves(result) if x is not None]
+        if not all(isinstance(leaf, torch.Tensor) for leaf in results):
             raise NotRecordableError(f"{func} reads a Python value out of a tensor")
-        if torch.Tag.nondeterministic_seeded in tags:
+        if kind.random:
             self.recording.random.append(str(func))
         keywords = {name: mapped(self._argument, value) for name, value in kwargs.items()}
-        node = self.recording.graph.call_function(func, mapped(self._argument, args), keywords)
-        storage = self._aliased(func, args, kwargs)
-        if func._schema.is_mutable:
-            self._note_mutations(func, args, kwargs, node)
-        self.recording.elements.append(sum(leaf.numel() for leaf in results))
+        node = self.recording.graph.call_function(func, tuple([mapped(self._argument, x) for x in args]), keywords)
+        storage = self._aliased(kind, args, kwargs) if kind.views else None
+        if kind.writes:
+            self._note_mutations(kind, args, kwargs, node)
+        self.recording.elements.append(sum([leaf.numel() for leaf in results]))
         self._remember_results(result, node, storage)
         return result
 
@@ -151,21 +151,64 @@ class _Recorder(TorchDispatchMode):
         else:
             self.recording.storage[node] = len(self.recording.storage)
 
-    def _aliased(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-        """Storage of the argument that the results are views of, if they are."""
-        if not any(result.alias_info is not None for result in func._schema.returns):
-            return None
-        for spec, value in _bound(func, args, kwargs):
-            if spec.alias_info is not None and isinstance(value, torch.Tensor):
+    def _aliased(self, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """Storage of the argument that the results are views of."""
+        for value in kind.shared(args, kwargs, kind.aliased):
+            if isinstance(value, torch.Tensor):
                 return self.recording.storage[self.node_of(value)]
         return None
 
-    def _note_mutations(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: Node) -> None:
-        for spec, value in _bound(func, args, kwargs):
-            if spec.alias_info is not None and spec.alias_info.is_write:
-                for tensor in leaves(value):
-                    if isinstance(tensor, torch.Tensor):
-                        self.recording.mutations.append((node, self.recording.storage[self.node_of(tensor)]))
+    def _note_mutations(self, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any], node: Node) -> None:
+        for value in kind.shared(args, kwargs, kind.written):
+            for tensor in leaves(value):
+                if isinstance(tensor, torch.Tensor):
+                    self.recording.mutations.append((node, self.recording.storage[self.node_of(tensor)]))
+
+
+class _Kind(NamedTuple):
+    """What an operation is like, which takes longer to ask than to look up.
+
+    Attributes:
+        dynamic: whether the shapes of results depend on values.
+        decides: whether it gives a Python value.
+        random: whether it draws random numbers.
+        metadata: whether it is about shapes and layouts, which a recording fixes anyway.
+        views: whether results are views of an argument.
+        writes: whether it writes to memory of an argument.
+        names: of the arguments, in order.
+        aliased: the names of those that results may be views of.
+        written: the names of those that are written to.
+    """
+
+    dynamic: bool
+    decides: bool
+    random: bool
+    metadata: bool
+    views: bool
+    writes: bool
+    names: tuple[str, ...]
+    aliased: tuple[str, ...]
+    written: tuple[str, ...]
+
+    @classmethod
+    def of(cls, func: Any) -> _Kind:
+        schema, tags = func._schema, func.tags
+        shared = [spec for spec in schema.arguments if spec.alias_info is not None]
+        return cls(
+            dynamic=torch.Tag.dynamic_output_shape in tags,
+            decides=torch.Tag.data_dependent_output in tags,
+            random=torch.Tag.nondeterministic_seeded in tags,
+            metadata=schema.name in _METADATA,
+            views=any(result.alias_info is not None for result in schema.returns),
+            writes=schema.is_mutable,
+            names=tuple(spec.name for spec in schema.arguments),
+            aliased=tuple(spec.name for spec in shared),
+            written=tuple(spec.name for spec in shared if spec.alias_info.is_write),
+        )
+
+    def shared(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: tuple[str, ...]) -> list[Any]:
+        """Values of these arguments, where they are given."""
+        return [value for name, value in (*zip(self.names, args, strict=False), *kwargs.items()) if name in wanted]
 
 
 def _picks_by_number(func: Any, args: tuple[Any, ...]) -> bool:
@@ -173,13 +216,6 @@ def _picks_by_number(func: Any, args: tuple[Any, ...]) -> bool:
     if func is not torch.ops.aten.index.Tensor:
         return False
     return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1])
-
-
-def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """Pairs of an argument's schema and its value."""
-    specs = func._schema.arguments
-    by_name = {spec.name: spec for spec in specs}
-    return [*zip(specs, args, strict=False), *((by_name[name], value) for name, value in kwargs.items())]
 
 
 def select_result(results: Sequence[Tensor], position: int) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from hessfunc._recorder import Recording, Value
 
@@ -131,5 +130,12 @@ def merge_storage(recording: Recording, old: int, new: int) -> None:
 
 def _key(node: Node) -> Hashable:
     """Equal for nodes that do the same to the same."""
-    arguments = map_arg((node.args, node.kwargs), lambda argument: f"%{argument.name}")
-    return (node.target, repr(arguments))
+    return node.target, _look(node.args), *((name, _look(value)) for name, value in node.kwargs.items())
+
+
+def _look(value: Any) -> Hashable:
+    if isinstance(value, Node):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple([_look(part) for part in value])
+    return type(value), value  # 1 is not True, nor 1.0

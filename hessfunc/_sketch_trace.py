@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from hessfunc._checks import check_generator
+from hessfunc._chunks import check_samples, chunk_length
 from hessfunc._deflation import leaf_sums
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._estimate import Estimate
 from hessfunc._operators import Operator
 from hessfunc._sketches import HutchPlusPlus, KrylovDeflation, Sketch, XNysTrace, XTrace
 from hessfunc._stopping import Stopping
-from hessfunc._trace import check_samples, chunk_length, hutchinson
+from hessfunc._trace import hutchinson
 from hessfunc._typing import Params
 
 GROWTH = 1.5

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from hessfunc._chunks import check_samples, draw
 from hessfunc._deflation import extend_basis, inner, known_shares, leaf_sums, products_of, project_off
 from hessfunc._estimate import Estimate
 from hessfunc._leave_one_out import nystrom_values, xtrace_values
 from hessfunc._operators import Operator
 from hessfunc._probe_law import ProbeLaw
 from hessfunc._probes import Sampler, signs, sphere
-from hessfunc._trace import check_samples, draw
 from hessfunc._typing import Tensor
 
 

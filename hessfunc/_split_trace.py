@@ -11,6 +11,7 @@ import torch
 from hessfunc import tree
 from hessfunc._batched import checked_point
 from hessfunc._checks import check_count, check_finite, check_generator
+from hessfunc._chunks import chunk_length
 from hessfunc._estimate import Estimate
 from hessfunc._exact_diagonal import ggn_diagonal
 from hessfunc._fisher import checked_loss
@@ -20,7 +21,7 @@ from hessfunc._operators import Operator
 from hessfunc._probes import signs
 from hessfunc._samples import Samples
 from hessfunc._stopping import Stopping
-from hessfunc._trace import chunk_length, probed
+from hessfunc._trace import probed
 from hessfunc._typing import Batch, Params, Tensor
 
 ROUNDING = 100
@@ -46,6 +47,7 @@ def split_trace(
     max_outputs: int = 1000,
     reduction: str = "mean",
     count: Callable[[Batch], float] | None = None,
+    per_batch: bool = False,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     check: bool = True,
@@ -85,6 +87,7 @@ def split_trace(
         max_outputs: largest number of outputs of a sample, each of which takes a backward pass through it.
         reduction: ``"mean"`` or ``"sum"``: how ``criterion`` reduces over a batch.
         count: what a batch weighs under ``"mean"``.
+        per_batch: whether each batch gets probes of its own, as in [`hutchinson`][hessfunc.hutchinson].
         chunk_size: vectors held at a time.
         memory_budget: bytes for what does not depend on the vector, as in [`hessian`][hessfunc.hessian], for each of
             the two matrices.
@@ -141,7 +144,7 @@ def split_trace(
     options: dict[str, Any] = {"chunk_size": chunk_size, "memory_budget": memory_budget, "check": check}
     H = hessian(some.loss, params, data, **weighting, **options)
     G = ggn(model_fn, criterion, params, data, **weighting, **options)
-    estimate = probed(H - G, stopping, plus=exact, chunk_size=chunk_size, generator=generator)
+    estimate = probed(H - G, stopping, plus=exact, per_batch=per_batch, chunk_size=chunk_size, generator=generator)
     stopping.warn_unless_met(
         estimate,
         method="split_trace",

@@ -61,11 +61,6 @@ class Stopping:
         check_count(max_probes, name="max_probes", minimum=2)
         return cls(num_probes, rtol, atol, confidence, max_probes)
 
-    @property
-    def first(self) -> int:
-        """Probes in the first batch."""
-        return self.starting(FIRST)
-
     def starting(self, adaptive: int) -> int:
         """Probes in the first batch: that many if there is a tolerance."""
         return min(adaptive, self.max_probes) if self.num_probes is None else self.num_probes

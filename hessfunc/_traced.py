@@ -27,10 +27,9 @@ LANE_ELEMENTS, CPU_LANE_ELEMENTS = 1 << 20, 1 << 17
 """Lanes of one operation hold about this many numbers at most: beyond that batching saves no overhead any more, and on
 the CPU what does not fit into the cache costs more than it saves."""
 
-
-PATIENCE = 4
-"""How often a number of lanes is asked for before it gets a program of its own, which takes as long to make as tens of
-products of a small network."""
+PATIENCE = 32
+"""How many lanes are served one by one that another program would have taken along before it is made: that takes as
+long as the calls of tens of products, and calls are all that it saves."""
 
 
 class TracedProduct:
@@ -168,7 +167,7 @@ class TracedProduct:
         requests = self._programs.requests
         for lanes in set(pieces):
             requests[signature, lanes] = requests.get((signature, lanes), 0) + 1
-        known = {lanes: lanes == 1 or requests[signature, lanes] > PATIENCE for lanes in set(pieces)}
+        known = {lanes: lanes == 1 or requests[signature, lanes] * (lanes - 1) > PATIENCE for lanes in set(pieces)}
         return [part for lanes in pieces for part in ([lanes] if known[lanes] else [1] * lanes)]
 
     def _trace(

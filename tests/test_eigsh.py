@@ -257,7 +257,7 @@ def test_exact_start_costs_one_product_a_pair(generator):
     matrix = symmetric(NETLIKE)
     pairs = hf.eigsh(hf.as_operator(matrix), 5, tol=1e-12, generator=generator)
     again = hf.eigsh(hf.as_operator(matrix), 5, v0=pairs, verify_steps=0, generator=generator)
-    assert again.num_matvecs == 5 + 5
+    assert again.num_matvecs == 5 + 1
     torch.testing.assert_close(again.eigenvalues, pairs.eigenvalues, rtol=1e-9, atol=0)
 
 
@@ -302,7 +302,7 @@ def test_products_and_passes_are_counted(block_size, generator):
     counting = CountingRows(symmetric(NETLIKE))
     pairs = hf.eigsh(counting.operator, 3, block_size=block_size, generator=generator)
     assert pairs.num_matvecs == sum(counting.passes)
-    assert counting.passes[-6:] == [1] * 5 + [3]  # the search for missed pairs, then the residuals
+    assert counting.passes[-6:] == [1] * 6  # the search for missed pairs, then the check of the residuals
     assert counting.passes[:-6] == [block_size] * (len(counting.passes) - 6)
 
 
@@ -585,3 +585,49 @@ def test_resnet_20_in_float32_agrees_with_arpack(monkeypatch, generator):
     expected = torch.from_numpy(values[np.argsort(-np.abs(values))].copy())
     torch.testing.assert_close(pairs.eigenvalues, expected, rtol=1e-3, atol=0)
     assert pairs.num_matvecs - 10 - 5 <= calls.count
+
+
+# The check of all residuals with one product
+
+
+def true_residuals(pairs, matrix):
+    return torch.linalg.vector_norm(pairs.rows() @ matrix - pairs.eigenvalues[:, None] * pairs.rows(), dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("which", ["LM", "BE", "SA"])
+def test_residuals_checked_together_are_those_of_each(which, dtype):
+    matrix = symmetric(NETLIKE).to(dtype)
+    for seed in range(10):
+        pairs = hf.eigsh(hf.as_operator(matrix), 4, which=which, generator=seeded(seed))
+        true = true_residuals(pairs, matrix)
+        rounding = 50 * torch.finfo(dtype).eps * max(map(abs, NETLIKE))
+        assert bool((pairs.residuals >= true - rounding).all())
+        assert bool((pairs.residuals <= true + rounding).all())
+        torch.testing.assert_close(pairs.rows() @ pairs.rows().T, torch.eye(4, dtype=dtype), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotation", [0.3, 3.0])
+def test_a_recurrence_that_is_off_is_found_out(rotation):
+    """The operator is another one from the check on, as if the recurrence had not been that of the operator."""
+    matrix = symmetric(NETLIKE)
+    other = matrix + rotation * symmetric([1.0] + [0.0] * (len(NETLIKE) - 1), seed=5)
+    for seed in range(10):
+        spent = hf.eigsh(hf.as_operator(matrix), 4, generator=seeded(seed)).num_matvecs
+        calls = []
+
+        def rows(rows, calls=calls, spent=spent):
+            calls.extend(rows)
+            return rows @ (matrix if len(calls) < spent else other)
+
+        with pytest.warns(hf.ConvergenceWarning, match="are not accurate or not repeatable enough"):
+            pairs = hf.eigsh(hf.Operator(matrix[0], rows), 4, generator=seeded(seed))
+        assert pairs.num_matvecs == len(calls) == spent + 4, "one for each after the one for all"
+        torch.testing.assert_close(pairs.residuals, true_residuals(pairs, other), rtol=1e-9, atol=1e-12)
+
+
+def test_tolerances_near_rounding_have_a_product_for_each_residual():
+    counting = CountingRows(symmetric(NETLIKE))
+    pairs = hf.eigsh(counting.operator, 3, tol=1e-15, generator=seeded())
+    assert counting.passes[-1] == 3
+    torch.testing.assert_close(pairs.residuals, true_residuals(pairs, symmetric(NETLIKE)), rtol=0, atol=1e-13)

@@ -433,6 +433,13 @@ ROWS = {
         ValueError,
         r"^the operator belongs to one point and cannot move; build it anew there\. hessfunc\.hessian, ggn and fisher",
     ),
+    "terms of operators over other data": Row(
+        lambda: list(
+            (hf.hessian(quartic, W, reduction="sum") + hf.hessian(quartic, W, [(), ()], reduction="sum")).terms()
+        ),
+        ValueError,
+        r"^the operators that were added are over other batches, or weigh them otherwise",
+    ),
     "operators that do not fit": Row(
         lambda: H + hf.as_operator(torch.eye(3)),
         ValueError,

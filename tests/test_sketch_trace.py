@@ -10,11 +10,12 @@ from hypothesis.extra.numpy import arrays
 
 import hessfunc as hf
 from hessfunc import _leave_one_out, _probes
+from hessfunc._chunks import draw
 from hessfunc._leave_one_out import nystrom_values, spread_and_covariance, xtrace_values
 from hessfunc._probe_law import law_mean
 from hessfunc._sketch_trace import deflated, hutchpp, xnystrace, xtrace
 from hessfunc._sketches import HutchPlusPlus, KrylovDeflation
-from hessfunc._trace import draw, hutchinson
+from hessfunc._trace import hutchinson
 
 METHODS = [deflated, hutchpp, xtrace, xnystrace]
 HALVES = [deflated, hutchpp]

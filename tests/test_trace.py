@@ -275,10 +275,10 @@ def test_probes_come_in_passes_of_the_chunk_size(chunk_size, passes):
 def test_chunks_of_large_vectors_shrink():
     size = 2**25
     H = hf.Operator(torch.zeros(size), lambda rows: rows)
-    assert hf._trace.chunk_length(H, None) == 2
-    assert hf._trace.chunk_length(H, 5) == 5
+    assert hf._chunks.chunk_length(H, None) == 2
+    assert hf._chunks.chunk_length(H, 5) == 5
     for size, length in ((1, 16), (2**18, 16), (2**19, 8), (2**22, 4), (2**24, 4)):
-        assert hf._trace.chunk_length(hf.Operator(torch.zeros(size), lambda rows: rows), None) == length
+        assert hf._chunks.chunk_length(hf.Operator(torch.zeros(size), lambda rows: rows), None) == length
 
 
 def test_one_probe_has_a_value_and_no_error():
