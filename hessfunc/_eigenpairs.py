@@ -17,8 +17,8 @@ class Eigenpairs:
         eigenvectors: orthonormal, a pytree like the parameters with a leading axis of length k.
         residuals: ``|H v - lambda v|`` for each pair, shape ``(k,)``, from a product with ``v`` made for the purpose;
             from ``eigsh`` mostly as its recurrence has it, plus what one product with a random combination of all
-            vectors differs from that by. Some eigenvalue of ``H`` lies within the residual of each ``lambda``, and the distance is about
-            ``residual**2 / gap`` to the next eigenvalue (Parlett 1998, sections 4.5 and 11.7).
+            vectors differs from that by. Some eigenvalue of ``H`` lies within the residual of each ``lambda``, and the
+            distance is about ``residual**2 / gap`` to the next eigenvalue (Parlett 1998, sections 4.5 and 11.7).
         converged: whether the residual is within the tolerance that was asked for, shape ``(k,)``, bool.
         num_matvecs: products spent in all, those for the residuals included.
     """

@@ -89,9 +89,11 @@ class KrylovBasis:
         torch.stack(self._pending[:width], out=block)
         self._pending = self._pending[width:]
         products = self.operator.rows(block)
-        check_finite(products, what="a product of the operator", remedy="nothing can be learnt from it; check H.")
+        own = _inner(block, products)
+        # A product that is NaN or infinite has such inner products, which are there anyway
+        check_finite(own, what="a product of the operator", remedy="nothing can be learnt from it; check H.")
         self.num_matvecs += width
-        products, columns = self._orthogonalized(products, start, stop)
+        products, columns, lengths = self._orthogonalized(products, _numpy(own), start, stop)
         self._projection[:stop, start:stop] = columns
         self._projection[start:stop, :stop] = columns.T
         self._coupling = np.pad(self._coupling[width:], ((0, 0), (0, width)))
@@ -99,13 +101,17 @@ class KrylovBasis:
         self.ritz_values, self._vectors = np.linalg.eigh(self._projection[:stop, :stop])
         self.scale = max(self.scale, float(np.abs(self.ritz_values).max()))
         floor = 10 * torch.finfo(self.dtype).eps * self.scale
-        added = self._append(list(products), floor, orthogonal=True)  # which gives the coupling its new rows
+        added = self._append(list(products), floor, lengths=lengths)  # which gives the coupling its new rows
         self._coupling[:, start:] = added
         self._fill()
         self.residuals = np.linalg.norm(self._coupling @ self._vectors, axis=0)
 
-    def _orthogonalized(self, products: Tensor, start: int, stop: int) -> tuple[Tensor, np.ndarray]:
-        """Products with the rows from ``start`` on less their part in the basis, and their columns of T.
+    def _orthogonalized(
+        self, products: Tensor, own: np.ndarray, start: int, stop: int
+    ) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Products with the rows from ``start`` on less their part in the basis, their columns of T, and lengths left.
+
+        ``own`` are inner products with these rows themselves.
 
         The coupling holds what a product has along the earlier rows, and nearly all of it is zero. That is taken off
         first; what a pass over the basis then takes off is rounding error, and seldom a second one is needed.
@@ -113,7 +119,6 @@ class KrylovBasis:
         known = self._coupling[: stop - start]
         touched = np.flatnonzero(np.abs(known).max(axis=0, initial=0) > torch.finfo(self.dtype).eps * self.scale)
         first = touched[0] if len(touched) else start
-        own = _numpy(_inner(self._rows[start:stop], products))
         columns = np.concatenate([known.T, (own + own.T) / 2])
         # Anew, since the operator may own its product
         products = torch.addmm(products, self._weights(columns[first:]), self._rows[first:stop], alpha=-1)
@@ -124,7 +129,7 @@ class KrylovBasis:
             columns += _numpy(rest)
             before, lengths = lengths, _lengths(products)
         columns[start:] = (columns[start:] + columns[start:].T) / 2
-        return products, columns
+        return products, columns, lengths
 
     def ritz_rows(self, order: np.ndarray) -> Tensor:
         """Ritz vectors as rows, in the order of the indices given."""
@@ -159,10 +164,10 @@ class KrylovBasis:
     def _weights(self, columns: np.ndarray) -> Tensor:
         return torch.from_numpy(columns.T.copy()).to(self._rows)
 
-    def _append(self, rows: list[Tensor], floor: float = 0.0, *, orthogonal: bool = False) -> np.ndarray:
+    def _append(self, rows: list[Tensor], floor: float = 0.0, *, lengths: np.ndarray | None = None) -> np.ndarray:
         """Put the part of ``rows`` outside the basis before the pending rows. Overwrites both.
 
-        With ``orthogonal`` the rows have none inside, up to rounding.
+        With ``lengths``, those of the rows, these have no part inside, up to rounding.
 
         Returns the coefficients with ``rows^T = P^T coefficients`` up to a part in the basis. What is no longer than
         ``floor``, or is left once basis and pending rows fill the space, is rounding error and dropped.
@@ -173,18 +178,18 @@ class KrylovBasis:
         pending: list[Tensor] = []
         coefficients = np.zeros((len(candidates), len(candidates)))
         for i, row in enumerate(candidates):
-            whole = float(tree.flat_norm(row))
+            whole = float(tree.flat_norm(row) if lengths is None or i >= len(rows) else lengths[i])
             rounding = 10 * torch.finfo(self.dtype).eps * whole
             rounding = max(rounding, floor) if i < len(rows) else rounding
             for _ in range(2):
                 coefficients[: len(pending), i] += _numpy(_project_off(row, pending))
-            length = float(tree.flat_norm(row))
+            length = float(tree.flat_norm(row)) if pending else whole
             if length <= rounding or len(pending) == room:
                 continue
             coefficients[len(pending), i] = length
             row /= length
             # Rows that were pending are orthogonal to the basis, which has grown by others of them
-            settled = (orthogonal or i >= len(rows)) and length > ENOUGH * whole
+            settled = (lengths is not None or i >= len(rows)) and length > ENOUGH * whole
             for _ in range(0 if settled else _MOST_PASSES):  # a short row lost its orthogonality in the subtraction
                 row.addmv_(basis.T, tree.flat_dot(basis, row), alpha=-1)
                 _project_off(row, pending)
