@@ -147,14 +147,17 @@ def interleaved(
     """Seconds per call of each competitor in each of ``repeats`` rounds.
 
     Every round times all of them, starting one place further on, so that drift of the machine's clock and other load
-    hits all alike. ``burn_in`` calls of each go first: a traced product settles on its form in the first few. Short
-    calls are timed several in a row, for ``at_least`` seconds together. ``burn_in=0`` is for long calls that were made
-    before.
+    hits all alike. ``burn_in`` calls of each go first, short ones up to ten times as many: a traced product settles on
+    its form in the first tens. Short calls are timed several in a row, for ``at_least`` seconds together. ``burn_in=0``
+    is for long calls that were made before.
     """
     names = list(calls)
     numbers = dict.fromkeys(names, 1)
     for name in names if burn_in else []:
-        once = min(seconds(calls[name], device=device) for _ in range(burn_in))
+        spent = [seconds(calls[name], device=device) for _ in range(burn_in)]
+        while len(spent) < 10 * burn_in and sum(spent) < 10 * at_least:
+            spent.append(seconds(calls[name], device=device))
+        once = min(spent)
         numbers[name] = max(1, round(at_least / max(once, 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats):
@@ -176,12 +179,14 @@ def race(
     gradient: Call,
     options: Settings,
     budget: float,
+    outside: str = "hessfunc",
 ) -> list[Record]:
     """Long calls against each other: everyone's first answer is judged, those that are right are timed in turns.
 
     A competitor takes a seed, another one each round. ``judge`` turns an answer into figures and a verdict ``agrees``;
     figures are medians over the rounds, worked out off the clock. There are ``options.repeats`` rounds, or as many as
-    fit into ``budget`` seconds, at least one.
+    fit into ``budget`` seconds, at least one. The fastest peer is looked for among names that begin neither with
+    ``hessfunc`` nor with ``outside``.
     """
     records: dict[str, Record] = {}
     answers: dict[str, list[Any]] = {}
@@ -204,7 +209,7 @@ def race(
     spent = sum(records[name]["first call s"] for name in answers)
     repeats = max(1, min(options.repeats, int(budget / max(spent, 1e-9))))
     times = interleaved(calls, repeats=repeats, device=options.device, burn_in=0)
-    rivals = [statistics.median(times[name]) for name in answers if not name.startswith("hessfunc")]
+    rivals = [statistics.median(times[name]) for name in answers if not name.startswith(("hessfunc", outside))]
     for name, given in answers.items():
         figures = [judge(answer) for answer in given]
         medians = {key: statistics.median(figure[key] for figure in figures) for key in figures[0] if key != "agrees"}
@@ -216,6 +221,20 @@ def race(
             "rounds": repeats,
         }
     return list(records.values())
+
+
+def seconds_in_products(call: Call, *, repeats: int = 20) -> float:
+    """Seconds of one call on the CPU that pass inside of matrix products and convolutions, by torch's profiler.
+
+    The median over the calls: what the library cannot make shorter, as these are kernels of BLAS and oneDNN.
+    """
+    found = []
+    for _ in range(repeats):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+        events = [e for e in profile.key_averages() if "conv" in e.key or e.key.rstrip("_").endswith(("mm", "addmv"))]
+        found.append(sum(event.self_cpu_time_total for event in events) * 1e-6)
+    return statistics.median(found)
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

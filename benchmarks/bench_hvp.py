@@ -7,7 +7,9 @@ torch.func.linearize. The three orders of differentiation are measured eagerly, 
 traced; the first of them also compiled.
 
 Every product is compared with double backprop in float64 before it is timed. The column of flops has the operations in
-its matrix products and convolutions, in those of a gradient: where time keeps to it, there is nothing left to save.
+its matrix products and convolutions, in those of a gradient: where time keeps to it, there is nothing left to save. For
+the library's operators there is also the time that passes inside of these, with one probe and with the most (columns
+"inside"): the rest is what another library on the same kernels could save at most.
 
     python benchmarks/bench_hvp.py --out results
 """
@@ -31,6 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import hessfunc as hf
 
 PROBES = (1, 2, 4, 8)
+INSIDE = (1, 8)
+"""Numbers of probes for which the time inside of matrix products is measured."""
+
 BATCHES = 4
 TOLERANCE = {"float32": 2e-4, "float64": 1e-9}
 
@@ -212,10 +217,13 @@ def time_model(name: str, options: harness.Settings) -> list[harness.Record]:
     times = harness.interleaved(
         calls, repeats=options.repeats, device=options.device, burn_in=1 if options.quick else 6
     )
+    unit = harness.Spread.of(times["gradient"]).median
     for record in records:
         key = f"{record['method']}/{record['probes']}"
         if key in times:
             share = record["probes"] * _num_batches(record["method"], options)
+            if options.device == "cpu" and record["method"].startswith("operator") and record["probes"] in INSIDE:
+                record["inside"] = harness.seconds_in_products(calls[key], repeats=options.repeats) / unit / share
             record["seconds"] = harness.Spread.of(times[key])
             record["gradients"] = harness.multiples(times[key], times["gradient"], per=share)
             record["gradient_seconds"] = harness.Spread.of(times["gradient"])
@@ -291,6 +299,8 @@ def tables(records: list[harness.Record]) -> list[harness.Table]:
             for num, record in of_method.items():
                 missing = "fails" if "failed" in record else "disagrees"
                 row[f"K={num}"] = record.get("gradients", missing)
+                if "inside" in record:
+                    row[f"inside K={num}"] = record["inside"]
                 if "memory" in record:
                     row[f"memory K={num}"] = record["memory"]
                     row[f"later K={num}"] = record["memory later"]
@@ -298,7 +308,8 @@ def tables(records: list[harness.Record]) -> list[harness.Table]:
         unit = next((r["gradient_seconds"] for r in of_model if "gradient_seconds" in r), None)
         milliseconds = f"; one gradient {unit.median * 1e3:.2f} ms" if unit else ""
         memory = [f"{when} K={k}" for k in (1, counts[-1]) for when in ("memory", "later")]
-        columns = ["method", "flops", *(f"K={k}" for k in counts), *memory, "error"]
+        inside = [f"inside K={k}" for k in counts if any(f"inside K={k}" in row for row in rows)]
+        columns = ["method", "flops", *(f"K={k}" for k in counts), *inside, *memory, "error"]
         title = f"{name}: {of_model[0]['size']:,} parameters, gradients per probe and batch{milliseconds}"
         result.append(harness.Table(title, rows, list(dict.fromkeys(columns))))
     return result

@@ -5,8 +5,10 @@ at the cost of the products, and the library finds the number of probes by itsel
 told how many probes of Hutchinson's estimator they need, from the variance of the reference run; their Hutch++ and
 XTrace the smallest number of products of a ladder whose root-mean-square error over four seeds is below the target. A
 user knows neither. "split" is the trace of the Gauss-Newton matrix from gradients of samples, which is that of the
-Hessian in piecewise-linear networks; its products are with either matrix, and do not count those gradients. PyHessian
-is also shown with its own stopping rule. Answers have to lie within four standard errors of the reference. Checks of
+Hessian in piecewise-linear networks; its products are with either matrix, and do not count those gradients. "apart" gives each sequence of the language model's
+batch probes of its own (``per_batch``), which no peer offers; PyHessian called in a loop over the sequences does the same
+and is shown, with as many probes as they need, but not compared with. PyHessian is also shown with its own stopping
+rule. Answers have to lie within four standard errors of the reference. Checks of
 the products are off in the libraries that have them.
 
     python benchmarks/bench_trace_peers.py --out results
@@ -15,6 +17,7 @@ the products are off in the libraries that have them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 import warnings
@@ -33,6 +36,12 @@ TRAIN_STEPS = 60
 MAX_PROBES = 5000
 LADDER = (12, 24, 48, 96, 192)
 MANY_OUTPUTS = ("gpt",)
+APART = {"gpt": 1}
+"""Samples in each piece of the batch that gets probes of its own."""
+
+OUTSIDE = "(no peer) "
+"""What the names of competitors begin with that others are not compared with."""
+
 ONE_SIGMA = math.erf(math.sqrt(0.5))
 
 
@@ -50,17 +59,31 @@ def of_samples(samples: np.ndarray) -> Answer:
     return Answer(float(samples.mean()), float(samples.std(ddof=1) / math.sqrt(len(samples))), len(samples))
 
 
-def ours(problem: models.Problem, seed: int, tolerance: dict[str, float], pairs: int = 0) -> Answer:
+def pieces(problem: models.Problem) -> list[models.Batch]:
+    """The batch in the pieces that get probes of their own."""
+    length = APART[problem.name]
+    return list(zip(*(part.split(length) for part in problem.batch), strict=True))
+
+
+def ours(
+    problem: models.Problem, seed: int, tolerance: dict[str, float], pairs: int = 0, *, apart: bool = False
+) -> Answer:
     """The library, from the model to an estimate with the standard error that was asked for."""
     loss, params = hf.module_loss(problem.model, problem.criterion)
     generator = torch.Generator().manual_seed(seed)
-    H = hf.hessian(loss, params, problem.batch, check=False)
+    H = hf.hessian(loss, params, pieces(problem) if apart else problem.batch, check=False)
     known, spent = None, 0
     if pairs:
         known = hf.eigsh(H, pairs, tol=0.1, generator=generator)
         spent = known.num_matvecs
     trace = hf.hutchinson(
-        H, **tolerance, confidence=ONE_SIGMA, max_probes=4 * MAX_PROBES, deflate=known, generator=generator
+        H,
+        **tolerance,
+        confidence=ONE_SIGMA,
+        max_probes=4 * MAX_PROBES,
+        deflate=known,
+        per_batch=apart,
+        generator=generator,
     )
     return Answer(float(trace.value), float(trace.stderr), spent + trace.num_matvecs)
 
@@ -80,6 +103,24 @@ def split(problem: models.Problem, seed: int, tolerance: dict[str, float]) -> An
         generator=torch.Generator().manual_seed(seed),
     )
     return Answer(float(trace.value), float(trace.stderr), trace.num_matvecs)
+
+
+def apart(peer: peers.Peer, problem: models.Problem, probes: int, seed: int) -> Answer:
+    """A peer called for each piece of the batch by itself; pieces are of one size."""
+    each = []
+    for number, batch in enumerate(pieces(problem)):
+        part = dataclasses.replace(problem, batches=[batch])
+        each.append(peer.trace(part, probes, 1000 * seed + number))
+    samples = np.array(each)
+    variance = samples.var(axis=1, ddof=1).sum() / len(samples) ** 2
+    return Answer(float(samples.mean()), math.sqrt(variance / probes), probes)
+
+
+def probes_apart(problem: models.Problem, truth: float, target: float) -> int:
+    """Probes of each piece that the target takes, from the variance of 16."""
+    H = hf.hessian(problem.loss, problem.params, pieces(problem))
+    trial = hf.hutchinson(H, num_probes=16, per_batch=True, generator=torch.Generator().manual_seed(54321))
+    return max(2, math.ceil(16 * (float(trial.stderr) / truth / target) ** 2))
 
 
 def climb(sketch: Callable[..., float], problem: models.Problem, truth: float, target: float) -> int | None:
@@ -108,6 +149,8 @@ def competitors(
     if probes > arguments.most_probes:
         return result
     result["hessfunc"] = lambda seed: ours(problem, seed, tolerance)
+    if problem.name in APART:
+        result["hessfunc, apart"] = lambda seed: ours(problem, seed, tolerance, apart=True)
     for pairs in arguments.deflate:
         result[f"hessfunc, {pairs} pairs deflated"] = lambda seed, pairs=pairs: ours(problem, seed, tolerance, pairs)
     for peer in peers.taking_part(options.peers):
@@ -120,6 +163,11 @@ def competitors(
                 continue
             result[f"{peer.name}, {way} of {matvecs}"] = lambda seed, sketch=sketch, m=matvecs: Answer(
                 sketch(problem, m, seed), None, m
+            )
+        if peer.name == "PyHessian" and problem.name in APART:
+            own = probes_apart(problem, truth, target)
+            result[f"{OUTSIDE}PyHessian in a loop, {own} probes apart"] = lambda seed, peer=peer, own=own: apart(
+                peer, problem, own, seed
             )
         if peer.name == "PyHessian":
             result["PyHessian, own stopping rule"] = lambda seed: of_samples(peers.pyhessian_default(problem, seed))
@@ -151,7 +199,9 @@ def run_model(name: str, options: harness.Settings, arguments: argparse.Namespac
         return record
 
     calls = competitors(problem, value, probes, target, options, arguments)
-    records = harness.race(calls, judge, gradient=problem.gradient, options=options, budget=arguments.budget)
+    records = harness.race(
+        calls, judge, gradient=problem.gradient, options=options, budget=arguments.budget, outside=OUTSIDE
+    )
     for record in records:
         record["model"] = name
         record["to target"] = "yes" if record["agrees"] else "no"
