@@ -6,7 +6,7 @@ and threads and starts from the model. Checks of the products are off in the lib
 peer: its defaults, and the cheapest rung of a ladder of its settings whose answer is right, found with knowledge of
 the truth, which a user does not have. Right means that every eigenvalue is within 1 % of the reference and every
 residual |H v - lambda v| below 1e-3 |lambda| (the residual is worked out here, with one product a pair).
-``verify_steps=0`` leaves out the search for missed pairs, which no peer makes; residuals are computed anew even so.
+``verify_steps=0`` leaves out the search for missed pairs, which no peer makes; residuals are checked even so.
 
     python benchmarks/bench_eigs.py --out results
 """
