@@ -58,6 +58,16 @@ def symmetric(eigenvalues: Any, *, seed: int = 0, dtype: torch.dtype = F64) -> t
     return ((matrix + matrix.T) / 2).to(dtype)
 
 
+def variance(form: torch.Tensor, sampler: str) -> float:
+    """Of ``<v, form v>`` for probes ``v`` from the sampler of that name."""
+    form = (form + form.T) / 2
+    if sampler == "signs":
+        form = form - form.diagonal().diag()
+    if sampler == "sphere":
+        form = form - form.trace() / len(form) * torch.eye(len(form), dtype=F64)
+    return float(2 * form.square().sum()) * (len(form) / (len(form) + 2) if sampler == "sphere" else 1)
+
+
 SPECTRA: dict[str, list[float]] = {
     "distinct": [-3.0, -1.0, 0.5, 1.0, 2.0, 4.0, 7.0],
     "repeated": [2.0, 2.0, 2.0, 5.0, 5.0, -1.0],

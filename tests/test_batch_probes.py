@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import F64, relative_error, seeded, symmetric
+from helpers import F64, relative_error, seeded, symmetric, variance
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessfunc as hf
@@ -39,16 +39,6 @@ def shares(reduction="mean"):
     if reduction == "sum":
         return MATRICES
     return [weight / sum(WEIGHTS) * matrix for weight, matrix in zip(WEIGHTS, MATRICES, strict=True)]
-
-
-def variance(form, sampler):
-    """Of ``<v, form v>`` (Hutchinson 1990 for signs)."""
-    form = (form + form.T) / 2
-    if sampler == "signs":
-        form = form - form.diagonal().diag()
-    if sampler == "sphere":
-        form = form - form.trace() / len(form) * torch.eye(len(form), dtype=F64)
-    return float(2 * form.square().sum()) * (len(form) / (len(form) + 2) if sampler == "sphere" else 1)
 
 
 def of_leaf(matrix, name):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import F64, relative_error, seeded, symmetric
+from helpers import F64, relative_error, seeded, symmetric, variance
 
 import hessfunc as hf
 from hessfunc import _probes
@@ -12,16 +12,6 @@ LIKE = {"w": torch.zeros(22, dtype=F64), "b": torch.zeros(8, dtype=F64)}
 LEAVES = {"w": slice(22), "b": slice(22, 30)}
 MATRIX = symmetric([9.0, 4.0, *torch.linspace(-1, 2, 28).tolist()])
 SAMPLERS = {"signs": _probes.signs, "normal": _probes.normal, "sphere": _probes.sphere}
-
-
-def variance(form, sampler):
-    """Of ``<v, form v>``."""
-    form = (form + form.T) / 2
-    if sampler == "signs":
-        form = form - form.diagonal().diag()
-    if sampler == "sphere":
-        form = form - form.trace() / len(form) * torch.eye(len(form), dtype=F64)
-    return float(2 * form.square().sum()) * (len(form) / (len(form) + 2) if sampler == "sphere" else 1)
 
 
 def shares(matrix):
