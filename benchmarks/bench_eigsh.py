@@ -1,6 +1,6 @@
 """Products that eigsh needs, against ARPACK (SciPy's eigsh) on the same operator at the same tolerance.
 
-Claim: not more products than ARPACK, with a certificate on top. ARPACK trusts its own estimate of the residuals and
+Claim: seldom more products than ARPACK, with a certificate on top. ARPACK trusts its own estimate of the residuals and
 looks for nothing it may have passed by: ``search alone`` does neither and is what compares with it (``ratio``);
 ``hessfunc`` includes the product that checks the residuals, or k for each of them where that does not do, and the
 search for missed pairs. Both start from the same random
