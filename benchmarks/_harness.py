@@ -185,8 +185,8 @@ def race(
 
     A competitor takes a seed, another one each round. ``judge`` turns an answer into figures and a verdict ``agrees``;
     figures are medians over the rounds, worked out off the clock. There are ``options.repeats`` rounds, or as many as
-    fit into ``budget`` seconds, at least one. The fastest peer is looked for among names that begin neither with
-    ``hessfunc`` nor with ``outside``.
+    fit into ``budget`` seconds, at least one. The fastest peer is looked for among those that are right in all
+    rounds, by names that begin neither with ``hessfunc`` nor with ``outside``.
     """
     records: dict[str, Record] = {}
     answers: dict[str, list[Any]] = {}
@@ -209,9 +209,10 @@ def race(
     spent = sum(records[name]["first call s"] for name in answers)
     repeats = max(1, min(options.repeats, int(budget / max(spent, 1e-9))))
     times = interleaved(calls, repeats=repeats, device=options.device, burn_in=0)
-    rivals = [statistics.median(times[name]) for name in answers if not name.startswith(("hessfunc", outside))]
-    for name, given in answers.items():
-        figures = [judge(answer) for answer in given]
+    judged = {name: [judge(answer) for answer in given] for name, given in answers.items()}
+    right = [name for name, figures in judged.items() if all(figure["agrees"] for figure in figures)]
+    rivals = [statistics.median(times[name]) for name in right if not name.startswith(("hessfunc", outside))]
+    for name, figures in judged.items():
         medians = {key: statistics.median(figure[key] for figure in figures) for key in figures[0] if key != "agrees"}
         records[name] |= medians | {
             "agrees": all(figure["agrees"] for figure in figures),

@@ -136,7 +136,8 @@ def profile(problem: models.Problem, records: list[harness.Record], options: har
     parts["the rest"] = whole - sum(parts.values())
     shares = ", ".join(f"{name} {share / whole:.0%}" for name, share in parts.items())
     note = f"one product is {each:.2f} gradients; of hessfunc's time without the search: {shares}"
-    rivals = [r["seconds"].median for r in records if "seconds" in r and not r["library"].startswith("hessfunc")]
+    right = [r for r in records if r["agrees"] and not r["library"].startswith("hessfunc")]
+    rivals = [r["seconds"].median for r in right]
     if not rivals:
         return note
     half = min(rivals) / 2 / count / product * each

@@ -60,6 +60,7 @@ from hessfunc._sketch_trace import xnystrace as xnystrace
 from hessfunc._sketch_trace import xtrace as xtrace
 from hessfunc._slq import slq as slq
 from hessfunc._split_trace import split_trace as split_trace
+from hessfunc._terms import Term as Term
 from hessfunc._trace import hutchinson as hutchinson
 from hessfunc._track import TrackState as TrackState
 from hessfunc._track import track as track

@@ -88,10 +88,15 @@ class Claim(NamedTuple):
     remainder: Tensor
 
 
-def can_confirm(values: np.ndarray, residuals: np.ndarray, tol: float, scale: float, dtype: torch.dtype) -> bool:
-    """Whether residuals leave room within the tolerance for the rounding of a combination, as [`confirmed`][] asks."""
-    rounding = _ROUNDING * len(values) ** 0.5 * torch.finfo(dtype).eps * scale
-    return bool((residuals + _SAFETY * rounding <= tolerances(values, scale, tol, dtype)).all())
+def can_confirm(H: Operator, values: np.ndarray, residuals: np.ndarray, tol: float, scale: float) -> bool:
+    """Whether residuals leave room within the tolerance for the rounding of a combination, as [`confirmed`][] asks.
+
+    Vectors handed out in a lower precision than they were found in have residuals of their own.
+    """
+    if any(dtype != H.dtype for dtype in H.layout.dtypes):
+        return False
+    rounding = _ROUNDING * len(values) ** 0.5 * torch.finfo(H.dtype).eps * scale
+    return bool((residuals + _SAFETY * rounding <= tolerances(values, scale, tol, H.dtype)).all())
 
 
 def confirmed(
@@ -101,14 +106,11 @@ def confirmed(
 
     If the recurrence is off, for lack of orthogonality or since products do not repeat, the combination shows it: it
     differs from what is claimed by the same combination of what each pair is off by. Ten times that difference has to
-    fit in what each residual leaves of the tolerance, and it is added to the residuals. ``None`` if it does not, and
-    where vectors are handed out in a lower precision than they were found in.
+    fit in what each residual leaves of the tolerance, and it is added to the residuals. ``None`` if it does not.
 
     Raises:
         NonFiniteError: the product is NaN or infinite.
     """
-    if any(dtype != H.dtype for dtype in H.layout.dtypes):
-        return None
     weights, along = (torch.from_numpy(x).to(claim.rows) for x in (claim.weights, claim.weights * claim.values))
     product = H.vector(weights @ claim.rows)
     check_finite(product, what="the product with eigenvectors", remedy="nothing can be learnt from it; check H.")

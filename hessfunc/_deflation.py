@@ -82,10 +82,9 @@ class Deflation:
         return found + self.leaf_traces, products
 
     def remainders(self, H: Operator, rows: Rows, probes: Tensor) -> tuple[Tensor, Tensor]:
-        """The same without the known part, for any of the matrices that ``H`` is a sum of.
+        """Samples without the known part, for one of the matrices that ``H`` is a sum of, and products, as above.
 
-        Their sum has the mean ``tr(E B)``, and with each of them in place of ``H`` in what is said of it above so has
-        each of these by itself, up to what cancels in the sum.
+        Samples of all of them, each with probes of its own or not, add up to one of what ``H`` has beside that part.
         """
         products = rows(self.project(probes))
         if not len(self.rows):

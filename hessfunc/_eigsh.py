@@ -164,8 +164,8 @@ class _Found(NamedTuple):
 
 
 def _claim(basis: KrylovBasis, goal: Goal, found: _Found, generator: torch.Generator) -> Claim | None:
-    """What one product can check, or None where rounding is as large as what is to be seen."""
-    if goal.k == 1 or not can_confirm(found.values, found.residuals, goal.tol, basis.scale, basis.dtype):
+    """What one product can check, or None where it would not do, or would be the one product of a single pair."""
+    if goal.k == 1 or not can_confirm(basis.operator, found.values, found.residuals, goal.tol, basis.scale):
         return None
     weights = _probes.normal(1, goal.k, generator=generator, dtype=torch.float64, device="cpu")[0].numpy()
     remainder = basis.remainder(goal.order(basis)[: goal.k], weights)

@@ -23,8 +23,8 @@ class Operator:
     Attributes:
         like: a pytree with the structure, shapes, dtypes and device of the vectors.
         layout: how such a pytree lies in a flat vector ([`Layout`][hessfunc.tree.Layout]).
-        terms: a function that makes one pass over the data and yields a [`Term`][] for each batch, for vectors that
-            differ from batch to batch; ``None`` where the operator is not known as a sum over batches.
+        terms: a function that makes one pass over the data and yields a [`Term`][hessfunc.Term] for each batch, for
+            vectors that differ from batch to batch; ``None`` where the operator is not known as a sum over batches.
 
     ``H(v)`` is one product. ``H.matmat(V)`` takes pytrees with a leading axis of length K; ``H.vector(x)`` and
     ``H.rows(X)`` are the same two on flat arrays of shape ``(size,)`` and ``(K, size)``. ``torch.func.vmap`` over

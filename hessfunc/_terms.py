@@ -20,6 +20,16 @@ class Term(NamedTuple):
         rows: the batch's own matrix as a map on flat rows, to be used before the next term is taken.
         weight: what it is multiplied by.
         divisor: what the batch adds to the number that the sum is divided by.
+
+    Example:
+        >>> import torch, hessfunc as hf
+        >>> loss = lambda w, x: ((x @ w) ** 2).mean() / 2
+        >>> H = hf.hessian(loss, torch.zeros(2), [(torch.eye(2),), (torch.ones(1, 2),)])
+        >>> v = torch.tensor([[1.0, 0.0]])
+        >>> [(term.weight, term.rows(v)) for term in H.terms()]
+        [(2.0, tensor([[0.5000, 0.0000]])), (1.0, tensor([[1., 1.]]))]
+        >>> sum(term.weight * term.rows(v) for term in H.terms()) / sum(term.divisor for term in H.terms())
+        tensor([[0.6667, 0.3333]])
     """
 
     rows: Rows
@@ -46,4 +56,5 @@ def paired(left: Terms, right: Terms, factor: float) -> Terms:
 
 
 def summed_rows(left: Rows, right: Rows, factor: float, rows: Tensor) -> Tensor:
+    """``left + factor * right`` on rows."""
     return left(rows).add(right(rows), alpha=factor)

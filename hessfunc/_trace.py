@@ -68,9 +68,11 @@ def hutchinson(
     batches curve in the same directions, as semidefinite matrices cannot help doing, and up to as many times less as
     there are batches. All batches together tell the standard error, so that two passes over the data can do. One large
     batch can be given to [`hessian`][hessfunc.hessian] in pieces, ``[(x[:8], y[:8]), (x[8:], y[8:])]``. For 2 % of the
-    trace of a language model of 875k parameters 8 sequences apart took 4 products where shared probes took 12
+    trace of a language model of 875k parameters 8 sequences apart took 4 products where shared probes took 13
     (``benchmarks/bench_trace_peers.py``); where a few samples make up most of the trace, as with labels that are
-    noise, there is little to gain.
+    noise, there is little to gain. On five batches of 30 parameters 95 % intervals held the trace in 95 % of runs with
+    4 and 12 probes for each, and in 98 % with two (``tests/test_batch_probes.py``). With ``chunk_size=1`` signs leave
+    the standard error to the spread alone.
 
     Give either ``num_probes``, or ``rtol`` and/or ``atol``: then batches of probes follow until the confidence
     interval ``value -+ t * stderr`` is within ``rtol * |value|`` or within ``atol``, whichever comes first.

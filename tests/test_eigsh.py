@@ -631,3 +631,17 @@ def test_tolerances_near_rounding_have_a_product_for_each_residual():
     pairs = hf.eigsh(counting.operator, 3, tol=1e-15, generator=seeded())
     assert counting.passes[-1] == 3
     torch.testing.assert_close(pairs.residuals, true_residuals(pairs, symmetric(NETLIKE)), rtol=0, atol=1e-13)
+
+
+def test_vectors_in_a_lower_precision_have_a_product_for_each_residual():
+    passes, matrix = [], symmetric(NETLIKE, dtype=torch.float32)
+
+    def rows(rows):
+        passes.append(len(rows))
+        return rows @ matrix
+
+    H = hf.Operator(torch.zeros(len(matrix), dtype=torch.bfloat16), rows)
+    pairs = hf.eigsh(H, 3, tol=0.05, generator=seeded())
+    assert passes[-1] == 3
+    assert pairs.num_matvecs == sum(passes)
+    assert pairs.eigenvectors.dtype == torch.bfloat16
