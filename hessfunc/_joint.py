@@ -10,8 +10,9 @@ from torch.fx import Node
 
 from hessfunc._memory import Memory
 from hessfunc._placed import least_program
-from hessfunc._program import Program, needed
+from hessfunc._program import Program
 from hessfunc._recorder import Recording
+from hessfunc._steps import needed
 
 _aten = torch.ops.aten
 

@@ -9,14 +9,16 @@ import torch
 from torch.fx import Node
 
 from hessfunc._agreement import Summary
+from hessfunc._channels_last import in_channels_last
 from hessfunc._joint import joint_program
 from hessfunc._memory import Memory
 from hessfunc._placed import least_program, program_into
-from hessfunc._program import Program, needed, program
+from hessfunc._program import Program, program
 from hessfunc._reassociate import reassociate
 from hessfunc._recorder import NotRecordableError, Recording, record, select_result
 from hessfunc._shadows import ShadowError
 from hessfunc._simplify import simplify
+from hessfunc._steps import needed
 from hessfunc._typing import Tensor
 
 
@@ -75,6 +77,9 @@ class Linearized:
         if rewrite:
             simplify(recording)
             reassociate(recording)
+        if rewrite and not compile:
+            in_channels_last(recording)
+            recording.quick = True
         self._recording = recording
         self._body = _body(recording)
         self._moving = _moving(recording)

@@ -8,8 +8,8 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch.fx import Node
 
-from hessfunc._program import dying, is_write
 from hessfunc._recorder import Recording, select_result
+from hessfunc._steps import dying, is_write
 
 _aten = torch.ops.aten
 

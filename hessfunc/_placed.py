@@ -9,10 +9,11 @@ import torch
 from torch.fx import Node
 
 from hessfunc._memory import Memory
-from hessfunc._program import Program, is_write, needed, program
+from hessfunc._program import Program, program
 from hessfunc._recorder import Recording
 from hessfunc._room import room
 from hessfunc._simplify import VIEWS
+from hessfunc._steps import is_write, needed
 
 _aten = torch.ops.aten
 

@@ -8,7 +8,10 @@ from typing import Any
 
 from torch.fx import Node
 
+from hessfunc._in_place import in_place
+from hessfunc._onednn import instead
 from hessfunc._recorder import Recording, select_result
+from hessfunc._steps import dying
 from hessfunc._typing import Tensor
 
 Program = Callable[..., list[Tensor]]
@@ -24,23 +27,9 @@ def program(recording: Recording, inputs: Sequence[Node], steps: Sequence[Node],
     return _Writer(recording, inputs).function(steps, outputs)
 
 
-def needed(body: Sequence[Node], outputs: Sequence[Node]) -> list[Node]:
-    """The operations that results depend on, and those that write to memory."""
-    wanted = set(outputs)
-    for node in reversed(body):
-        if node in wanted or is_write(node):
-            wanted.add(node)
-            wanted.update(node.all_input_nodes)
-    return [node for node in body if node in wanted]
-
-
-def is_write(node: Node) -> bool:
-    """Whether the operation writes to memory of an argument."""
-    return node.op == "call_function" and hasattr(node.target, "_schema") and node.target._schema.is_mutable
-
-
 class _Writer:
     def __init__(self, recording: Recording, inputs: Sequence[Node]) -> None:
+        self._recording = recording
         self._names = {node: f"x{i}" for i, node in enumerate(inputs)}
         self._parameters = list(self._names.values())
         self._globals: dict[str, Any] = {}
@@ -52,8 +41,9 @@ class _Writer:
     def function(self, steps: Sequence[Node], outputs: Sequence[Node]) -> Program:
         lines = [f"def program({', '.join(self._parameters)}):"]
         ends = dying(steps, outputs)
+        targets = self._targets(steps, ends)
         for i, node in enumerate(steps):
-            lines.append(f"    {self._named(node)} = {self._call(node)}")
+            lines.append(f"    {self._named(node)} = {self._call(node, targets[i])}")
             names = [self._names[dead] for dead in ends[i] if self._names[dead].startswith("v")]
             if names:
                 lines.append(f"    del {', '.join(names)}")
@@ -64,13 +54,21 @@ class _Writer:
     def _named(self, node: Node) -> str:
         return self._names.setdefault(node, f"v{len(self._names)}")
 
-    def _call(self, node: Node) -> str:
+    def _targets(self, steps: Sequence[Node], ends: Sequence[Sequence[Node]]) -> list[Any]:
+        """What to call in each step."""
+        recording = self._recording
+        if not recording.quick:
+            return [node.target for node in steps]
+        over = in_place(recording, list(self._names), steps, ends)
+        return [over[i] or instead(node, recording.values) for i, node in enumerate(steps)]
+
+    def _call(self, node: Node, target: Any) -> str:
         if node.target is select_result:
             results, position = node.args
             return f"{self._text(results)}[{position}]"
         arguments = [self._text(argument) for argument in node.args]
         arguments += [f"{name}={self._text(argument)}" for name, argument in node.kwargs.items()]
-        return f"{self._shared(node.target)}({', '.join(arguments)})"
+        return f"{self._shared(target)}({', '.join(arguments)})"
 
     def _text(self, value: Any) -> str:
         if isinstance(value, Node):
@@ -85,16 +83,3 @@ class _Writer:
         name = self._known.setdefault(id(value), f"g{len(self._known)}")
         self._globals[name] = value  # which also keeps the object, and so its id
         return name
-
-
-def dying(steps: Sequence[Node], outputs: Sequence[Node]) -> list[list[Node]]:
-    """What to free after each step: used for the last time there, or made once more before its next use."""
-    ends: list[list[Node]] = [[] for _ in steps]
-    wanted = set(outputs)
-    for i in reversed(range(len(steps))):
-        node = steps[i]
-        used = dict.fromkeys([node, *node.all_input_nodes])
-        ends[i] = [n for n in used if n not in wanted]
-        wanted.discard(node)
-        wanted.update(node.all_input_nodes)
-    return ends

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from hessfunc._factors import TOO_LARGE, Factor, Term, combined
 from hessfunc._recorder import Recording
 from hessfunc._simplify import VIEWS, is_layout_free, merge_storage
 from hessfunc._zeros import zeros
@@ -27,25 +27,6 @@ _ACTIVATION = {
 
 _PRODUCT = {_aten.mm.default: _aten.addmm_.default, _aten.bmm.default: _aten.baddbmm_.default}
 """Products of matrices, and what adds one to a matrix in place."""
-
-
-@dataclass(frozen=True)
-class _Factor:
-    """``target(*arguments)`` on fixed tensors; arguments are nodes, numbers and factors."""
-
-    target: Any
-    arguments: tuple[Any, ...]
-    keywords: tuple[tuple[str, Any], ...]
-    shape: torch.Size
-
-
-@dataclass(frozen=True)
-class _Term:
-    """``scale * factor * base``, the factor a fixed tensor or None for 1."""
-
-    base: Node
-    factor: Node | _Factor | None
-    scale: float
 
 
 def reassociate(recording: Recording) -> None:
@@ -78,7 +59,7 @@ class _Rewriter:
             if any(argument in self._moving for argument in node.all_input_nodes):
                 self._moving.add(node)
         self._zeros = zeros(recording)
-        self._made: dict[_Factor, Node] = {}
+        self._made: dict[Factor, Node] = {}
 
     def roots(self) -> list[Node]:
         """Where the trees end, in the order of execution."""
@@ -135,15 +116,17 @@ class _Rewriter:
             return
         with self._graph.inserting_before(root):
             result, fresh = self._first(start, own)
+            self._recording.values.setdefault(result, self._recording.values[root])
             for term in sorted(rest, key=lambda term: term in joined):
                 result = self._accumulated(result, term, in_place=fresh, joined=fresh and term in joined)
+                self._recording.values[result] = self._recording.values[root]
                 fresh = True
         self._replace(root, result, tree)
 
-    def _terms(self, node: Node, factor: Any, scale: float, tree: set[Node], root: Node) -> list[_Term]:
+    def _terms(self, node: Node, factor: Any, scale: float, tree: set[Node], root: Node) -> list[Term]:
         inner = node is root or (len(node.users) == 1 and node not in self._outputs)
         if not inner or not self._is_linear(node):
-            return [_Term(node, factor, scale)]
+            return [Term(node, factor, scale)]
         arguments: tuple[Any, ...] = (*node.args, None)
         first, second = arguments[:2]
         keywords: dict[str, Any] = node.kwargs
@@ -155,9 +138,9 @@ class _Rewriter:
         elif node.target is _aten.neg.default:
             branches = [(first, factor, -scale)]
         elif node.target in _ACTIVATION:
-            one = _Factor(_aten.new_ones.default, (second, ()), (), torch.Size())
-            ones = _Factor(_aten.expand.default, (one, tuple(self._shape(second))), (), self._shape(second))
-            slope = _Factor(node.target, (ones, *node.args[1:]), tuple(sorted(keywords.items())), self._shape(second))
+            one = Factor(_aten.new_ones.default, (second, ()), (), torch.Size())
+            ones = Factor(_aten.expand.default, (one, tuple(self._shape(second))), (), self._shape(second))
+            slope = Factor(node.target, (ones, *node.args[1:]), tuple(sorted(keywords.items())), self._shape(second))
             branches = [(first, self._times(factor, slope), scale)]
         else:
             moving, fixed = (first, second) if first in self._moving else (second, first)
@@ -165,16 +148,16 @@ class _Rewriter:
                 branches = [(moving, factor, scale / fixed if node.target in _DIVIDE else scale * fixed)]
             else:
                 if node.target in _DIVIDE:
-                    fixed = _Factor(_aten.reciprocal.default, (fixed,), (), self._shape(fixed))
+                    fixed = Factor(_aten.reciprocal.default, (fixed,), (), self._shape(fixed))
                 branches = [(moving, self._times(factor, fixed), scale)]
-        if any(new is _TOO_LARGE for _, new, _ in branches):
-            return [_Term(node, factor, scale)]
+        if any(new is TOO_LARGE for _, new, _ in branches):
+            return [Term(node, factor, scale)]
         tree.add(node)
         return [term for branch in branches for term in self._terms(*branch, tree, root)]
 
-    def _gathered(self, terms: list[_Term]) -> list[_Term]:
+    def _gathered(self, terms: list[Term]) -> list[Term]:
         """One term for each base, where its factor is not larger than the factors that it is the sum of."""
-        kept: list[_Term] = []
+        kept: list[Term] = []
         for term in terms:
             same = next((i for i, other in enumerate(kept) if other.base is term.base), None)
             total = None if same is None else self._sum(kept[same], term)
@@ -184,27 +167,27 @@ class _Rewriter:
                 kept[same] = total
         return kept
 
-    def _sum(self, left: _Term, right: _Term) -> _Term | None:
+    def _sum(self, left: Term, right: Term) -> Term | None:
         if left.factor == right.factor:
-            return _Term(left.base, left.factor, left.scale + right.scale)
+            return Term(left.base, left.factor, left.scale + right.scale)
         if left.factor is None:
             left, right = right, left
         scaled = self._scaled(left.factor, left.scale)
         if right.factor is None:
-            return _Term(left.base, _Factor(_aten.add.Scalar, (scaled, right.scale), (), scaled.shape), 1.0)
+            return Term(left.base, Factor(_aten.add.Scalar, (scaled, right.scale), (), scaled.shape), 1.0)
         other = self._scaled(right.factor, right.scale)
-        total = _combined(_aten.add.Tensor, scaled, other, scaled.shape, other.shape)
-        return None if total is _TOO_LARGE else _Term(left.base, total, 1.0)
+        total = combined(_aten.add.Tensor, scaled, other, scaled.shape, other.shape)
+        return None if total is TOO_LARGE else Term(left.base, total, 1.0)
 
-    def _scaled(self, factor: Node | _Factor | None, scale: float) -> _Factor:
-        return _Factor(_aten.mul.Scalar, (factor, scale), (), self._shape(factor))
+    def _scaled(self, factor: Node | Factor | None, scale: float) -> Factor:
+        return Factor(_aten.mul.Scalar, (factor, scale), (), self._shape(factor))
 
     def _times(self, left: Any, right: Any) -> Any:
         if left is None:
             return right
-        return _combined(_aten.mul.Tensor, left, right, self._shape(left), self._shape(right))
+        return combined(_aten.mul.Tensor, left, right, self._shape(left), self._shape(right))
 
-    def _first(self, term: _Term, own: bool) -> tuple[Node, bool]:
+    def _first(self, term: Term, own: bool) -> tuple[Node, bool]:
         """The first term, and whether its memory may be written to."""
         if own or (term.factor is None and term.scale == 1):
             return term.base, own
@@ -216,7 +199,7 @@ class _Rewriter:
         operation = _aten.mul.Scalar if term.factor is None else _aten.mul.Tensor
         return self._graph.call_function(operation, (base, factor)), True
 
-    def _accumulated(self, result: Node, term: _Term, *, in_place: bool, joined: bool) -> Node:
+    def _accumulated(self, result: Node, term: Term, *, in_place: bool, joined: bool) -> Node:
         keywords: dict[str, Any] = {"alpha": term.scale} if term.scale != 1 else {}
         if joined:
             operation = _PRODUCT[term.base.target]  # type: ignore[index]  # a node of that kind
@@ -228,14 +211,14 @@ class _Rewriter:
         keywords = {"value": term.scale} if term.scale != 1 else {}  # a scaled factor would be one more to keep
         return self._graph.call_function(operation, (result, term.base, self._made_of(term.factor)), keywords)
 
-    def _made_of(self, factor: Node | _Factor, scale: float = 1.0) -> Node:
+    def _made_of(self, factor: Node | Factor, scale: float = 1.0) -> Node:
         """The node of a factor, made where it does not exist."""
         if scale != 1:
             return self._made_of(self._scaled(factor, scale))
         if isinstance(factor, Node):
             return factor
         if factor not in self._made:
-            arguments = tuple(self._made_of(a) if isinstance(a, _Factor) else a for a in factor.arguments)
+            arguments = tuple(self._made_of(a) if isinstance(a, Factor) else a for a in factor.arguments)
             self._made[factor] = self._graph.call_function(factor.target, arguments, dict(factor.keywords))
         return self._made[factor]
 
@@ -262,13 +245,13 @@ class _Rewriter:
             self._graph.erase_node(node)
             recording.storage.pop(node, None)
 
-    def _is_own_product(self, term: _Term, tree: set[Node]) -> bool:
+    def _is_own_product(self, term: Term, tree: set[Node]) -> bool:
         """Whether the base is a product of matrices for this tree alone, to be taken as it is."""
         base = term.base
         alone = len(base.users) == 1 and next(iter(base.users)) in tree and base not in self._outputs
         return base.target in _PRODUCT and alone and term.factor is None and all(map(self._plain, self._with(base)))
 
-    def _is_own_memory(self, term: _Term, tree: set[Node]) -> bool:
+    def _is_own_memory(self, term: Term, tree: set[Node]) -> bool:
         """Whether the base is a product for this tree alone, or a view of one."""
         base = term.base
         if base.target not in VIEWS or term.factor is not None or not self._plain(base):
@@ -304,16 +287,6 @@ class _Rewriter:
     def _shape(self, factor: Any) -> torch.Size:
         return self._recording.values[factor].shape if isinstance(factor, Node) else factor.shape
 
-    def _term_shape(self, term: _Term) -> torch.Size:
+    def _term_shape(self, term: Term) -> torch.Size:
         shape = self._shape(term.base)
         return shape if term.factor is None else torch.broadcast_shapes(shape, self._shape(term.factor))
-
-
-_TOO_LARGE = object()
-
-
-def _combined(target: Any, left: Any, right: Any, left_shape: torch.Size, right_shape: torch.Size) -> Any:
-    shape = torch.broadcast_shapes(left_shape, right_shape)
-    if shape.numel() > max(left_shape.numel(), right_shape.numel()):
-        return _TOO_LARGE
-    return _Factor(target, (left, right), (), shape)

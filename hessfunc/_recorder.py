@@ -45,6 +45,7 @@ class Recording:
         mutations: nodes that write into the memory with the id given.
         random: names of operations that draw random numbers.
         elements: number of entries in each operation's results, for an idea of their size.
+        quick: whether programs may call other operations than the recorded ones, to the same effect.
     """
 
     graph: Graph = field(default_factory=Graph)
@@ -56,6 +57,7 @@ class Recording:
     mutations: list[tuple[Node, int]] = field(default_factory=list)
     random: list[str] = field(default_factory=list)
     elements: list[int] = field(default_factory=list)
+    quick: bool = False
 
 
 def record(
