@@ -233,7 +233,8 @@ def seconds_in_products(call: Call, *, repeats: int = 20) -> float:
     for _ in range(repeats):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             call()
-        events = [e for e in profile.key_averages() if "conv" in e.key or e.key.rstrip("_").endswith(("mm", "addmv"))]
+        ends = ("mm", "addmv", "linear_pointwise")
+        events = [e for e in profile.key_averages() if "conv" in e.key or e.key.rstrip("_").endswith(ends)]
         found.append(sum(event.self_cpu_time_total for event in events) * 1e-6)
     return statistics.median(found)
 

@@ -236,8 +236,12 @@ def _flops(call: harness.Call) -> int:
     def multiply(_sum: Any, left: Any, right: Any, **_: Any) -> int:
         return 2 * math.prod(left) * right[-1]
 
-    in_place = dict.fromkeys([torch.ops.aten.addmm_, torch.ops.aten.baddbmm_], multiply)  # which torch does not count
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
+    def multiply_by_rows(left: Any, right: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(left) * right[0]
+
+    uncounted = dict.fromkeys([torch.ops.aten.addmm_, torch.ops.aten.baddbmm_], multiply)  # by torch
+    uncounted[torch.ops.mkldnn._linear_pointwise] = multiply_by_rows
+    with FlopCounterMode(display=False, custom_mapping=uncounted) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops()
 

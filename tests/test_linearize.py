@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import Counter
 
@@ -354,6 +355,26 @@ def test_value_read_before_a_write_keeps_the_old_value():
     residuals = program.residuals(primals)
     for tangent in (torch.ones(2), 2 * torch.ones(2)):
         assert torch.equal(program.apply(primals, residuals, tangent), function(*primals, tangent))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_again_after_a_recording(enabled):
+    was, seen = gc.isenabled(), []
+
+    def function(a, t):
+        seen.append(gc.isenabled())
+        return float(t.sum()) * t if len(seen) > 1 else t * a
+
+    try:
+        (gc.enable if enabled else gc.disable)()
+        Linearized(function, [torch.ones(3)], torch.ones(3))
+        assert gc.isenabled() == enabled
+        with pytest.raises(NotRecordableError):
+            Linearized(function, [torch.ones(3)], torch.ones(3))
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was else gc.disable)()
+    assert seen == [False, False]
 
 
 def test_record_reports_what_it_saw():
