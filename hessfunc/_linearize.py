@@ -24,6 +24,22 @@ from hessfunc._steps import needed
 from hessfunc._typing import Tensor
 
 
+@contextlib.contextmanager
+def _garbage_left_for_later() -> Iterator[None]:
+    """Python looks for reference cycles after so many objects are made, and what a recording makes stays.
+
+    One look at all objects of a process took 0.3 seconds where JAX was loaded as well, and came with every fourth
+    recording of a small GPT. There are few cycles meanwhile: 3,800 objects and no more memory at the peak.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Linearized:
     """``function(*primals, tangent)``, linear in its last argument, as programs traced from one run.
 
@@ -50,6 +66,7 @@ class Linearized:
         checked: the ways of replaying it that were compared with the function: ``True`` for all in one program.
     """
 
+    @_garbage_left_for_later()
     def __init__(
         self,
         function: Callable[..., Tensor],
@@ -62,8 +79,7 @@ class Linearized:
     ) -> None:
         inputs = [*primals, tangent]
         try:
-            with _garbage_left_for_later():
-                recording, outputs = record(lambda *inputs: [function(*inputs)], inputs, on_shadows=on_shadows)
+            recording, outputs = record(lambda *inputs: [function(*inputs)], inputs, on_shadows=on_shadows)
         except NotRecordableError:
             raise
         except Exception as error:
@@ -146,22 +162,6 @@ class Linearized:
     @cached_property
     def _joint(self) -> Program:
         return joint_program(self._recording, self._body, self._moving)
-
-
-@contextlib.contextmanager
-def _garbage_left_for_later() -> Iterator[None]:
-    """Python looks for reference cycles after so many objects are made, and what a recording makes stays.
-
-    One look at all objects of a process took 0.3 seconds where JAX was loaded as well, and came with every fourth
-    recording of a small GPT. There are few cycles meanwhile: 3,800 objects and no more memory at the peak.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def replayed(

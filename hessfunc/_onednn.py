@@ -73,7 +73,8 @@ def _mm_out(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
 
 
 def _addmm(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> Tensor:
-    return torch.add(c, _mm(a, b), alpha=alpha)
+    product = _mm(a, b)
+    return (product if alpha == 1 else product.mul_(alpha)).add_(c)
 
 
 def _addmm_(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> Tensor:
