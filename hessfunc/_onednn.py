@@ -26,7 +26,7 @@ def available() -> bool:
 
     MKL keeps to vectors of 256 bits on processors that are not Intel's; oneDNN takes what the processor has.
     """
-    processor = torch.cpu.get_capabilities()
+    processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not promised by torch
     return (
         bool(processor.get("avx512_f"))
         and "Intel" not in str(processor.get("cpu_name"))
