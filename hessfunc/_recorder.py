@@ -14,6 +14,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hessfunc._shadows import Shadow, Shadows, leaves, mapped
 from hessfunc._typing import Tensor
 
+_UNSAFE = {
+    *("aten::_unsafe_view", "aten::unsafe_chunk", "aten::unsafe_split", "aten::unsafe_split_with_sizes"),
+    "aten::lift",
+}
+"""Views whose schema keeps silent on it."""
+
 _METADATA = {"aten::is_same_size", "aten::_has_same_storage_numel", "aten::_has_compatible_shallow_copy_type"}
 _PLAIN = (int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -195,17 +201,18 @@ class _Kind(NamedTuple):
     @classmethod
     def of(cls, func: Any) -> _Kind:
         schema, tags = func._schema, func.tags
-        shared = [spec for spec in schema.arguments if spec.alias_info is not None]
+        unsafe = schema.name in _UNSAFE
+        shared = schema.arguments[:1] if unsafe else [a for a in schema.arguments if a.alias_info is not None]
         return cls(
             dynamic=torch.Tag.dynamic_output_shape in tags,
             decides=torch.Tag.data_dependent_output in tags,
             random=torch.Tag.nondeterministic_seeded in tags,
             metadata=schema.name in _METADATA,
-            views=any(result.alias_info is not None for result in schema.returns),
+            views=unsafe or any(result.alias_info is not None for result in schema.returns),
             writes=schema.is_mutable,
             names=tuple(spec.name for spec in schema.arguments),
             aliased=tuple(spec.name for spec in shared),
-            written=tuple(spec.name for spec in shared if spec.alias_info.is_write),
+            written=tuple(spec.name for spec in shared if spec.alias_info and spec.alias_info.is_write),
         )
 
     def shared(self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: tuple[str, ...]) -> list[Any]:

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import F64
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hessfunc as hf
 from hessfunc._linearize import Linearized
-from tests.helpers import F64
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 

@@ -2,9 +2,15 @@
 
 import pytest
 import torch
+from helpers import CASES as MODELS
+from helpers import case
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hessfunc as hf
 from hessfunc._linearize import Linearized
+from hessfunc._recorder import _Kind
 
 A, B = (torch.randn(4, 4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2))
 TANGENT = torch.randn(4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -20,6 +26,14 @@ CASES = {
     "a view is needed later": (lambda a, t: (s := (t @ a).sin()).t() @ (s * a), 0),
     "a view is written over": (lambda a, t: (t @ a).sin().t() * a, 1),
     "a view of what is needed": (lambda a, t: (s := (t @ a).sin())[:2] * a[:2] + s[2:], 1),
+    "a view that does not say so": (
+        lambda a, t: (torch.ops.aten._unsafe_view(s := (t @ a).sin(), [16]) * 3.0).sin().sum() - s.exp().exp() * a,
+        1,
+    ),
+    "parts that do not say so": (
+        lambda a, t: (torch.ops.aten.unsafe_split(s := (t @ a).sin(), 2)[0] * a[:2]).sin().sum() - s.exp().exp() * a,
+        1,
+    ),
     "itself": (lambda a, t: (s := (t @ a).sin()) * s, 1),
     "itself from another side": (lambda a, t: (s := (t @ a).sin()) * s.t(), 0),
     "one number for all": (lambda a, t: (t @ a).sum().sin().expand(4, 4) * a, 0),
@@ -72,3 +86,80 @@ def test_programs_that_are_not_rewritten_do_what_was_recorded():
     with Writes() as writes:
         program.apply([A], residuals, TANGENT)
     assert writes.count == 0
+
+
+UNARY = {
+    "sin": torch.sin,
+    "turned": torch.t,
+    "another shape": lambda x: x.reshape(2, 8).reshape(4, 4),
+    "one row for all": lambda x: x[:1].expand(4, 4),
+    "upper and lower part": lambda x: torch.cat([x[2:], x[:2]]),
+    "a number": lambda x: x * -0.5,
+    "divided": lambda x: x / 3.0,
+    "multiplied": lambda x: x @ B,
+    "split": lambda x: torch.cat(x.split(1)[::-1]),
+    "written to": lambda x: x.clone().mul_(B),
+}
+BINARY = {
+    "times": torch.mul,
+    "plus": torch.add,
+    "minus": lambda x, y: torch.sub(x, y, alpha=0.5),
+    "matrix product": torch.mm,
+    "row": lambda x, y: x * y[:1],
+    "column": lambda x, y: x - y[:, :1],
+}
+places = st.integers(0, 99)
+steps = st.one_of(
+    st.tuples(st.sampled_from(sorted(UNARY)), places), st.tuples(st.sampled_from(sorted(BINARY)), places, places)
+)
+
+
+@given(st.lists(steps, min_size=3, max_size=14), st.sets(places, min_size=1, max_size=3))
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_whatever_the_program_is_its_result_is_the_functions(lines, results):
+    def function(a, t):
+        values = [a, t, B, (t @ a).cos()]
+        for name, *chosen in lines:
+            operation = UNARY.get(name) or BINARY[name]
+            values.append(operation(*(values[i % len(values)] for i in chosen)))
+        return sum((values[i % len(values)] for i in sorted(results)), values[-1])
+
+    given, captured = (A.clone(), TANGENT.clone()), B.clone()
+    expected = function(*given)
+    program = Linearized(function, given[:1], given[1])
+    residuals = program.residuals(given[:1])
+    for _ in range(2):
+        for result in (program.apply(given[:1], residuals, given[1]), program.apply_once(given[:1], given[1])):
+            torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max() + 1))
+    assert torch.equal(given[0], A)
+    assert torch.equal(given[1], TANGENT)
+    assert torch.equal(B, captured)
+
+
+class Aliases(TorchDispatchMode):
+    """Notes operations whose results lie in the memory of an argument without its being known of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.silent = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+
+        def memory(values):
+            found = [x for value in values for x in (value if isinstance(value, list | tuple) else [value])]
+            return {x.untyped_storage()._cdata for x in found if isinstance(x, torch.Tensor)}
+
+        if memory([result]) & memory([*args, *(kwargs or {}).values()]) and not _Kind.of(func).views:
+            self.silent.add(str(func))
+        return result
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_results_in_the_memory_of_an_argument_are_known(name):
+    loss, params, batch = case(name)[:3]
+    vector = hf.tree.map_leaves(torch.ones_like, params)
+    with Aliases() as aliases:
+        for product in (hf.hvp, hf.hvp_reverse_over_forward, hf.hvp_double_backward):
+            product(loss, params, vector, *batch)
+    assert not aliases.silent

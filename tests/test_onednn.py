@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from helpers import F64, seeded
 from torch import nn
 
 import hessfunc as hf
 from hessfunc import _onednn
 from hessfunc._recorder import record
-from tests.helpers import F64, seeded
 
 aten = torch.ops.aten
 
