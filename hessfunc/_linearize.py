@@ -51,8 +51,8 @@ class Linearized:
     Each is written when it is called for the first time.
 
     With ``compile`` the tangent program goes through ``torch.compile``. Without ``rewrite`` programs do what the
-    function did, operation by operation; with it they do less, and tensors may lie in memory in another order, which a
-    few of torch's operations do not take.
+    function did, operation by operation; with it they do less, by kernels that may be others and in memory that is
+    used again, and tensors may lie in memory in another order, which a few of torch's operations do not take.
 
     With ``on_shadows`` the run takes no memory and computes nothing, so that it has no result.
 
