@@ -36,7 +36,7 @@ def joint_program(recording: Recording, body: Sequence[Node], moving: set[Node])
     run: masks are computed again where they are needed again, if what they are computed from is still there.
     """
     again = _repeated(recording, body, moving)
-    return least_program(recording, recording.inputs, body, again)
+    return least_program(recording, recording.inputs, body, again, lean=True)
 
 
 def _repeated(recording: Recording, body: Sequence[Node], moving: set[Node]) -> dict[Node, list[Node]]:

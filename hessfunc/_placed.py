@@ -29,13 +29,15 @@ def least_program(
     inputs: Sequence[Node],
     body: Sequence[Node],
     again: Mapping[Node, Sequence[Node]] | None = None,
+    *,
+    lean: bool = False,
 ) -> Program:
     """``(*inputs) -> results`` by way of those operations of ``body`` that are needed, in little memory.
 
     A product joined from its parts exists twice at the end. With its memory set aside before it exists once, and along
     with all that is alive earlier. Which is less is told by the sizes.
 
-    ``again`` has operations to repeat right before another one.
+    ``again`` has operations to repeat right before another one; ``lean`` saves memory at the cost of time as well.
     """
     body = needed(body, recording.outputs)
     steps = _steps(body, recording.outputs, again or {})
@@ -44,8 +46,8 @@ def least_program(
         others = _steps(placed.body, placed.outputs, again or {})
         memory = Memory(recording)
         if memory.peak(inputs, others, placed.outputs) + _WORTH <= memory.peak(inputs, steps, recording.outputs):
-            return program(recording, inputs, others, placed.outputs)
-    return program(recording, inputs, steps, recording.outputs)
+            return program(recording, inputs, others, placed.outputs, lean=lean)
+    return program(recording, inputs, steps, recording.outputs, lean=lean)
 
 
 def program_into(recording: Recording, inputs: Sequence[Node], body: Sequence[Node]) -> Program | None:

@@ -17,18 +17,27 @@ from hessfunc._typing import Tensor
 Program = Callable[..., list[Tensor]]
 
 
-def program(recording: Recording, inputs: Sequence[Node], steps: Sequence[Node], outputs: Sequence[Node]) -> Program:
+def program(
+    recording: Recording,
+    inputs: Sequence[Node],
+    steps: Sequence[Node],
+    outputs: Sequence[Node],
+    *,
+    lean: bool = False,
+) -> Program:
     """``(*inputs) -> outputs`` by way of these operations; results go at their last use.
 
-    An operation may be repeated; what it gave before is not held until then.
+    An operation may be repeated; what it gave before is not held until then. With ``lean`` little memory counts for
+    more than time.
 
     Written here and not by ``torch.fx``, whose copy of a graph and source of it take about as long as recording it did.
     """
-    return _Writer(recording, inputs).function(steps, outputs)
+    return _Writer(recording, inputs, lean).function(steps, outputs)
 
 
 class _Writer:
-    def __init__(self, recording: Recording, inputs: Sequence[Node]) -> None:
+    def __init__(self, recording: Recording, inputs: Sequence[Node], lean: bool) -> None:
+        self._lean = lean
         self._recording = recording
         self._names = {node: f"x{i}" for i, node in enumerate(inputs)}
         self._parameters = list(self._names.values())
@@ -60,7 +69,7 @@ class _Writer:
         if not recording.quick:
             return [node.target for node in steps]
         over = in_place(recording, list(self._names), steps, ends)
-        return [over[i] or instead(node, recording.values) for i, node in enumerate(steps)]
+        return [over[i] or instead(node, recording.values, lean=self._lean) for i, node in enumerate(steps)]
 
     def _call(self, node: Node, target: Any) -> str:
         if node.target is select_result:

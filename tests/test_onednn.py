@@ -46,11 +46,11 @@ LAYOUTS = {
 SIZES = [(3, 5, 7), (16, 16, 16), (1, 9, 4), (9, 1, 4), (4, 9, 1)]
 
 
-def chosen(operation, *arguments, **keywords):
+def chosen(operation, *arguments, lean=False, **keywords):
     """What a program calls in place of the operation on these arguments."""
     recording, _ = record(lambda *inputs: [operation(*inputs, **keywords)], arguments)
     (node,) = [node for node in recording.graph.nodes if node.target is operation]
-    return _onednn.instead(node, recording.values)
+    return _onednn.instead(node, recording.values, lean=lean)
 
 
 def agree(result, expected):
@@ -102,6 +102,26 @@ def test_products_are_added_where_they_belong(alpha, generator):
     into = c.clone()
     assert chosen(aten.addmm_.default, c.clone(), a, b, alpha=alpha)(into, a, b, alpha=alpha) is into
     agree(into, expected)
+
+
+@pytest.mark.parametrize("piece", [1, 11, 1000])
+@pytest.mark.parametrize("turned", [False, True])
+def test_lean_products_take_memory_for_a_few_rows_only(piece, turned, generator, monkeypatch):
+    monkeypatch.setattr(_onednn, "PIECE", piece)
+    single, taken = _onednn._mm, []
+    monkeypatch.setattr(_onednn, "_mm", lambda a, b: taken.append(a.shape[0] * b.shape[1]) or single(a, b))
+    a, b, c = (random(*shape, generator=generator) for shape in ((7, 6), (6, 5), (7, 5)))
+    a = a.t().contiguous().t() if turned else a
+    for alpha in (1, -0.5):
+        into = c.clone()
+        assert chosen(aten.addmm_.default, c.clone(), a, b, alpha=alpha, lean=True)(into, a, b, alpha=alpha) is into
+        agree(into, c + alpha * (a @ b))
+    out = torch.empty(7, 5)
+    assert _onednn._LEAN[aten.mm.out](a, b, out=out) is out
+    agree(out, a @ b)
+    assert max(taken) <= max(5, piece)
+    assert sum(taken) == 3 * out.numel()
+    assert chosen(aten.bmm.default, a[None], b[None], lean=True) is aten.bmm.default
 
 
 def test_other_products_are_left_to_torch(generator, monkeypatch):
