@@ -127,13 +127,18 @@ class _Recorder(TorchDispatchMode):
         if kind.random:
             self.recording.random.append(str(func))
         keywords = {name: mapped(self._argument, value) for name, value in kwargs.items()}
-        node = self.recording.graph.call_function(func, tuple([mapped(self._argument, x) for x in args]), keywords)
+        node = self._call(func, tuple([mapped(self._argument, x) for x in args]), keywords)
         storage = self._aliased(kind, args, kwargs) if kind.views else None
         if kind.writes:
             self._note_mutations(kind, args, kwargs, node)
         self.recording.elements.append(sum([leaf.numel() for leaf in results]))
         self._remember_results(result, node, storage)
         return result
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        # A name that torch makes up takes longer to find than all else takes to record.
+        name = f"step_{len(self.recording.graph.nodes)}"
+        return self.recording.graph.create_node("call_function", func, args, kwargs, name)
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -154,7 +159,7 @@ class _Recorder(TorchDispatchMode):
             self.recording.storage[node] = len(self.recording.storage) if storage is None else storage
             for i, part in enumerate(result):
                 if isinstance(part, torch.Tensor):
-                    item = self.recording.graph.call_function(select_result, (node, i))
+                    item = self._call(select_result, (node, i), {})
                     self._remember(part, item, storage)
         else:
             self.recording.storage[node] = len(self.recording.storage)
