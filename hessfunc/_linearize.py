@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -22,6 +24,26 @@ from hessfunc._shadows import ShadowError
 from hessfunc._simplify import simplify
 from hessfunc._steps import needed
 from hessfunc._typing import Tensor
+
+
+def cast_to(device: torch.device) -> torch.dtype | None:
+    """What autocast, where it is on, casts operations to that run on the device now."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _cast_as_recorded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Programs contain the casts of the run; autocast would make others."""
+
+    @functools.wraps(method)
+    def alone(self: Linearized, *arguments: Any) -> Any:
+        if cast_to(self._device) is None:
+            return method(self, *arguments)
+        with torch.autocast(self._device.type, enabled=False):
+            return method(self, *arguments)
+
+    return alone
 
 
 @contextlib.contextmanager
@@ -98,6 +120,7 @@ class Linearized:
             reassociate(recording)
             in_channels_last(recording)
             recording.quick = not compile  # a compiler chooses by itself what to call
+        self._device = tangent.device
         self._recording = recording
         self._body = _body(recording)
         self._moving = _moving(recording)
@@ -113,10 +136,12 @@ class Linearized:
         assert result is not None
         return result
 
+    @_cast_as_recorded
     def residuals(self, primals: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate all that does not depend on the tangent."""
         return self._primal(*primals)
 
+    @_cast_as_recorded
     def apply(
         self, primals: Sequence[Tensor], residuals: Sequence[Tensor], tangent: Tensor, out: Tensor | None = None
     ) -> Tensor:
@@ -128,6 +153,7 @@ class Linearized:
             return out
         return self._own(self._tangent(*primals, *residuals, tangent)[0], tangent)
 
+    @_cast_as_recorded
     def apply_once(self, primals: Sequence[Tensor], tangent: Tensor) -> Tensor:
         """The result for one tangent without residuals, in less memory than they take; memory of its own."""
         return self._own(self._joint(*primals, tangent)[0], tangent)

@@ -12,7 +12,7 @@ import torch
 from hessfunc import _probes, tree
 from hessfunc._agreement import Summary
 from hessfunc._compat import evaluated
-from hessfunc._linearize import Linearized
+from hessfunc._linearize import Linearized, cast_to
 from hessfunc._rules import Rule
 from hessfunc._typing import Loss, Params, Tensor
 
@@ -52,7 +52,7 @@ class Trial:
         self._point = point
         self._leaves, self._spec = tree.flatten(batch)
         parts = _signature(self._leaves, self._spec)
-        self.signature = None if parts is None else (parts, point.strides)
+        self.signature = None if parts is None else (parts, point.strides, cast_to(point.domain.device))
         self.primals = [*point.leaves, *(leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor))]
 
     def function(self, *inputs: Tensor) -> Tensor:

@@ -794,6 +794,23 @@ def test_autocast(where):
             assert relative_error(H(single[1]), reference) < 0.05
 
 
+@pytest.mark.parametrize("first", ["with", "without"])
+def test_autocast_around_a_call_counts_for_that_call(first):
+    loss, params = hf.module_loss(made(layered).float(), F.mse_loss)
+    batch = tuple(x.float() for x in (X, Y))
+    v = randn_like(params, seeded(9))
+    eager = hf.hessian(loss, params, batch, linearize=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = eager(v)
+    whole = eager(v)
+    assert relative_error(lower, whole) > 1e-4
+    H = hf.hessian(loss, params, batch)
+    for around in (first == "with", first != "with", first == "with"):
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=around):
+                assert relative_error(H(v), lower if around else whole) < (3e-3 if around else 1e-5)
+
+
 def test_mixed_dtypes():
     params = {"half": randn(3, 4).bfloat16(), "single": randn(4, seed=1).float(), "double": randn(4, 2, seed=2)}
 
