@@ -1,7 +1,7 @@
 """One Hessian-vector product: what each way to compute it costs in time and memory, in gradients.
 
-Claim: a product with the Hessian costs about two gradients once the primal pass is shared, on any of four kinds of
-network, and less per probe when several probes share it. Rivals: double backprop, with its graph kept alive for one
+Claim: a product with the Hessian costs one to two gradients once the primal pass is shared, on any of four kinds of
+network, and no more per probe when several probes share it. Rivals: double backprop, with its graph kept alive for one
 batch (PyHessian) and afresh (PyHessian's data loader, hessian-eigenthings), torch.func's jvp of grad (curvlinops) and
 torch.func.linearize. The three orders of differentiation are measured eagerly, and the two that can be traced also
 traced; the first of them also compiled.

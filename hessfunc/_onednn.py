@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -20,9 +20,13 @@ the fifth generation, where MKL took 20 microseconds for as many and oneDNN 19 t
 and 76 to 102."""
 
 
-PIECE = 1 << 17
-"""Entries that a lean product sets aside for what it adds or writes elsewhere: pieces of half of that took a fifth
-longer than the whole, and these a tenth."""
+NARROW = 8
+"""Rows and columns below which a product waits for memory, and takes longer in oneDNN."""
+
+WHOLE, PIECE, LEAN_PIECE = 1 << 20, 1 << 19, 1 << 17
+"""Entries of a result that is worked out apart before it is added or written elsewhere: above ``WHOLE`` memory for all
+of it costs more than the product saves. A piece is a sixteenth of it, or the second size where that is more, with
+``lean`` the third; small pieces take long, since each takes the other factor in anew."""
 
 
 @cache
@@ -45,8 +49,8 @@ def instead(node: Node, values: Mapping[Node, Value], *, lean: bool = False) -> 
     """What to call in place of the operation that the node stands for, with the same arguments: mostly itself.
 
     The same numbers up to rounding. A batch of products with a matrix that all of them share becomes one. oneDNN has
-    no product that is added to a matrix, or is written to memory that is there; with ``lean`` it goes by way of little
-    memory.
+    no product that is added to a matrix, or is written to memory that is there: that goes by way of memory of its own,
+    with ``lean`` as little as it can.
     """
     if node.target not in _SINGLE and node.target not in _BATCHED:
         return node.target
@@ -56,10 +60,11 @@ def instead(node: Node, values: Mapping[Node, Value], *, lean: bool = False) -> 
     plain = left.device.type == "cpu" and left.dtype == right.dtype == torch.float32
     if not (plain and torch.backends.mkldnn.enabled and available()):
         return node.target
-    each = left.shape[-2] * left.shape[-1] * right.shape[-1]
+    height, depth, width = left.shape[-2], left.shape[-1], right.shape[-1]
+    each = height * depth * width
     if node.target in _SINGLE:
         quicker = _SINGLE | _LEAN if lean else _SINGLE
-        return quicker[node.target] if each >= WORTH else node.target
+        return quicker[node.target] if each >= WORTH and min(height, width) >= NARROW else node.target
     if lean:
         return node.target
     shared_left, shared_right, apart = _BATCHED[node.target]
@@ -68,7 +73,7 @@ def instead(node: Node, values: Mapping[Node, Value], *, lean: bool = False) -> 
             return shared_left
         if right.strides[0] == 0:
             return shared_right
-    return apart if each >= 4 * WORTH else node.target
+    return apart if each >= 4 * WORTH and min(height, width) >= NARROW else node.target
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -78,34 +83,38 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
 
-def _mm_out(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-    return out.copy_(_mm(a, b))
-
-
-def _mm_out_in_pieces(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-    for part, rows in _in_pieces(out, a):
+def _mm_out(a: Tensor, b: Tensor, *, out: Tensor, piece: int | None = None) -> Tensor:
+    for part, rows in _in_pieces(out, a, piece):
         part.copy_(_mm(rows, b))
     return out
 
 
-def _addmm_in_pieces_(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> Tensor:
-    for part, rows in _in_pieces(c, a):
+def _addmm_(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1, piece: int | None = None) -> Tensor:
+    for part, rows in _in_pieces(c, a, piece):
         part.add_(_mm(rows, b), alpha=alpha)
     return c
 
 
-def _in_pieces(result: Tensor, left: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, PIECE // result.shape[1])
+def _in_pieces(result: Tensor, left: Tensor, piece: int | None) -> Iterable[tuple[Tensor, Tensor]]:
+    """Rows of the result, with those of the left factor that they come from."""
+    size = result.numel()
+    if piece is None and size <= WHOLE:
+        return ((result, left),)
+    rows = max(1, max(piece or PIECE, size // 16) // result.shape[1])
     return zip(result.split(rows), left.split(rows), strict=True)
+
+
+def _lean_mm_out(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    return _mm_out(a, b, out=out, piece=LEAN_PIECE)
+
+
+def _lean_addmm_(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> Tensor:
+    return _addmm_(c, a, b, alpha=alpha, piece=LEAN_PIECE)
 
 
 def _addmm(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> Tensor:
     product = _mm(a, b)
     return (product if alpha == 1 else product.mul_(alpha)).add_(c)
-
-
-def _addmm_(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> Tensor:
-    return c.add_(_mm(a, b), alpha=alpha)
 
 
 def _wide(a: Tensor, b: Tensor) -> Tensor:
@@ -149,7 +158,7 @@ _SINGLE = {
     _aten.addmm.default: _addmm,
     _aten.addmm_.default: _addmm_,
 }
-_LEAN = {_aten.mm.out: _mm_out_in_pieces, _aten.addmm_.default: _addmm_in_pieces_}
+_LEAN = {_aten.mm.out: _lean_mm_out, _aten.addmm_.default: _lean_addmm_}
 _BATCHED = {
     _aten.bmm.default: (_bmm_left, _high, _bmm),
     _aten.baddbmm_.default: (_baddbmm_left_, _baddbmm_right_, _baddbmm_),

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _taken_for_every_product(monkeypatch):
     monkeypatch.setattr(_onednn, "WORTH", 1)
+    monkeypatch.setattr(_onednn, "NARROW", 1)
     monkeypatch.setattr(_onednn, "available", lambda: True)
 
 
@@ -104,23 +105,37 @@ def test_products_are_added_where_they_belong(alpha, generator):
     agree(into, expected)
 
 
+@pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("piece", [1, 11, 1000])
 @pytest.mark.parametrize("turned", [False, True])
-def test_lean_products_take_memory_for_a_few_rows_only(piece, turned, generator, monkeypatch):
-    monkeypatch.setattr(_onednn, "PIECE", piece)
+def test_large_results_are_worked_out_piece_by_piece(piece, turned, lean, generator, monkeypatch):
+    monkeypatch.setattr(_onednn, "WHOLE", 30)
+    monkeypatch.setattr(_onednn, "LEAN_PIECE" if lean else "PIECE", piece)
     single, taken = _onednn._mm, []
     monkeypatch.setattr(_onednn, "_mm", lambda a, b: taken.append(a.shape[0] * b.shape[1]) or single(a, b))
     a, b, c = (random(*shape, generator=generator) for shape in ((7, 6), (6, 5), (7, 5)))
     a = a.t().contiguous().t() if turned else a
     for alpha in (1, -0.5):
         into = c.clone()
-        assert chosen(aten.addmm_.default, c.clone(), a, b, alpha=alpha, lean=True)(into, a, b, alpha=alpha) is into
+        call = chosen(aten.addmm_.default, c.clone(), a, b, alpha=alpha, lean=lean)
+        assert call(into, a, b, alpha=alpha) is into
         agree(into, c + alpha * (a @ b))
     out = torch.empty(7, 5)
-    assert _onednn._LEAN[aten.mm.out](a, b, out=out) is out
+    assert (_onednn._LEAN if lean else _onednn._SINGLE)[aten.mm.out](a, b, out=out) is out
     agree(out, a @ b)
     assert max(taken) <= max(5, piece)
     assert sum(taken) == 3 * out.numel()
+
+
+def test_small_results_are_whole_unless_memory_is_scarce(generator, monkeypatch):
+    single, calls = _onednn._mm, []
+    monkeypatch.setattr(_onednn, "_mm", lambda a, b: calls.append(1) or single(a, b))
+    monkeypatch.setattr(_onednn, "LEAN_PIECE", 5)
+    a, b, c = (random(*shape, generator=generator) for shape in ((7, 6), (6, 5), (7, 5)))
+    chosen(aten.addmm_.default, c.clone(), a, b)(c.clone(), a, b)
+    assert len(calls) == 1
+    chosen(aten.addmm_.default, c.clone(), a, b, lean=True)(c.clone(), a, b)
+    assert len(calls) == 1 + 7
     assert chosen(aten.bmm.default, a[None], b[None], lean=True) is aten.bmm.default
 
 
@@ -139,6 +154,11 @@ def test_other_products_are_left_to_torch(generator, monkeypatch):
     monkeypatch.setattr(_onednn, "WORTH", 4 * 6 * 5)
     assert chosen(aten.mm.default, a, b) is not aten.mm.default
     assert chosen(aten.mm.default, a[1:], b) is aten.mm.default
+    monkeypatch.setattr(_onednn, "WORTH", 1)
+    monkeypatch.setattr(_onednn, "NARROW", 5)
+    assert chosen(aten.mm.default, a, b) is aten.mm.default
+    assert chosen(aten.mm.default, b.t(), a.t()) is aten.mm.default
+    assert chosen(aten.mm.default, b.t(), b) is not aten.mm.default
 
 
 def test_a_processor_that_torch_serves_well_is_left_to_it(monkeypatch):
