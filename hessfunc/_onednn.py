@@ -19,7 +19,6 @@ WORTH = 1 << 20
 the fifth generation, where MKL took 20 microseconds for as many and oneDNN 19 to 26, and for eight times as many 153
 and 76 to 102."""
 
-
 NARROW = 8
 """Rows and columns below which a product waits for memory, and takes longer in oneDNN."""
 
