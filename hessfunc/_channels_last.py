@@ -43,8 +43,8 @@ def _images(recording: Recording, node: Node) -> list[Node]:
         read, transposed = (gradient, *[images] * into_weight, *[weight] * into_input), arguments[7]
     else:
         return []
-    values = [recording.values[argument] for argument in read]
-    suits = all(len(v.shape) == 4 and v.dtype == torch.float32 and v.device.type == "cpu" for v in values)
+    values = [recording.values.get(argument) for argument in read]
+    suits = all(v and len(v.shape) == 4 and v.dtype == torch.float32 and v.device.type == "cpu" for v in values)
     return list(read) if suits and not transposed else []
 
 
