@@ -14,6 +14,7 @@ from hessfunc._deflation import leaf_sums
 from hessfunc._eigenpairs import Eigenpairs
 from hessfunc._estimate import Estimate
 from hessfunc._lanczos import Tridiagonal
+from hessfunc._mean_rule import mean_rule, recurrence
 from hessfunc._operators import Operator
 from hessfunc._outliers import Outliers, RitzPairs
 from hessfunc._probe_law import leaf_errors
@@ -103,6 +104,7 @@ def krylov(
     *,
     num_steps: int,
     num_probes: int,
+    num_rules: int | None = None,
     reorthogonalize: str = "none",
     chunk_size: int | None = None,
     generator: torch.Generator,
@@ -132,6 +134,7 @@ def krylov(
         H: symmetric operator.
         num_steps: Lanczos steps per probe, between 1 and ``H.size``.
         num_probes: number of probes.
+        num_rules: rules whose mean the quadrature is, as in [`slq`][hessfunc.slq].
         reorthogonalize: ``"none"`` or ``"full"``, for the probes other than the first.
         chunk_size: probes run at a time; by default all. Changes memory, not the answer.
         generator: draws the probes, uniform on the sphere.
@@ -147,7 +150,7 @@ def krylov(
         >>> result.eigenpairs(2).eigenvalues.round(decimals=3)
         tensor([9., 5.])
     """
-    check_options(H, num_steps, num_probes, reorthogonalize, chunk_size, generator)
+    num_rules = check_options(H, num_steps, num_probes, num_rules, reorthogonalize, chunk_size, generator)
     with torch.no_grad():
         probes = _probes.sphere(num_probes, H.size, generator=generator, dtype=H.dtype, device=H.device)
         unit, product, run = _pilot(H, probes[0], num_steps)
@@ -159,14 +162,15 @@ def krylov(
         try:
             rest = run_deflated(H, found, probes[1:], num_steps, reorthogonalize, chunk_size)
         except NonFiniteError as error:
-            alone = _pilot_row(pairs, found.subset(which < 0), which[:0], which[:0] > 0, H.size, num_steps)
-            raise error.keeping(Quadrature(*alone, H.size, num_steps, num_steps, num_exact=0)) from None
+            alone = _pilot_row(pairs, found.subset(which < 0), which[:0], which[:0] > 0, H.size, num_steps, num_rules)
+            partial = Quadrature(*alone, H.size, num_steps, num_steps, num_exact=0, num_rules=num_rules)
+            raise error.keeping(partial) from None
         repeated = found.repeated(rest.nodes, rest.weights, H.size)
         simple = ~repeated if pairs.consistent(which[~repeated], H.size) else torch.zeros_like(repeated)
         own = found.subset(simple)
         spent = num_probes * num_steps
-        nodes, weights = deflated_rows(found.values, rest, H.size)
-        first_nodes, first_weights = _pilot_row(pairs, found, which, simple, H.size, num_steps)
+        nodes, weights = deflated_rows(found.values, rest, H.size, num_rules)
+        first_nodes, first_weights = _pilot_row(pairs, found, which, simple, H.size, num_steps, num_rules)
         quadrature = Quadrature(
             nodes=torch.cat([first_nodes, nodes]),
             weights=torch.cat([first_weights, weights]),
@@ -174,6 +178,7 @@ def krylov(
             num_steps=num_steps,
             num_matvecs=spent,
             num_exact=len(which),
+            num_rules=num_rules,
         )
         parts_of_leaves = leaf_sums(found.rows.square(), H)
         first = _leaves(H, own, parts_of_leaves[simple], *_pilot_leaves(H, unit, product, own))
@@ -201,17 +206,28 @@ def _pilot(H: Operator, probe: Tensor, num_steps: int) -> tuple[Tensor, Tensor, 
 
 
 def _pilot_row(
-    pairs: RitzPairs, found: Outliers, which: Tensor, simple: Tensor, size: int, num_steps: int
+    pairs: RitzPairs,
+    found: Outliers,
+    which: Tensor,
+    simple: Tensor,
+    size: int,
+    num_steps: int,
+    num_rules: int,
 ) -> tuple[Tensor, Tensor]:
-    """The row of the first probe: the weights of ``simple`` pairs replaced, those of the others rescaled."""
-    kept = which[simple]
-    rest = pairs.weights.clone()
-    rest[kept] = 0
-    if len(kept):
-        rest *= (1 - len(kept) / size) / rest.sum().clamp(min=torch.finfo(rest.dtype).tiny)
-    padding = num_steps - len(rest)
-    nodes = torch.cat([found.values, pairs.values, pairs.values[-1:].expand(padding)])
-    weights = torch.cat([simple.double() / size, rest, rest.new_zeros(padding)])
+    """The row of the first probe: the weights of ``simple`` pairs replaced, the others as a rule of what is left."""
+    others = pairs.weights > 0
+    others[which[simple]] = False
+    nodes, weights = pairs.values[others], pairs.weights[others]
+    if bool(simple.any()):
+        weights = weights * (1 - int(simple.sum()) / size) / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    if len(pairs.values) == num_steps < size and len(nodes):
+        mass, (alphas, betas) = weights.sum(), recurrence(nodes, weights)
+        num_own = max(1, num_rules * len(nodes) // num_steps)  # those of as large a part of the steps
+        (nodes,), (weights,) = mean_rule(alphas[None], betas[None], num_own)
+        weights = mass * weights
+    padding = sum(num_steps - i for i in range(num_rules)) - len(nodes)
+    nodes = torch.cat([found.values, nodes, pairs.values[-1:].expand(padding)])
+    weights = torch.cat([simple.double() / size, weights, weights.new_zeros(padding)])
     return nodes.unsqueeze(0), weights.unsqueeze(0)
 
 

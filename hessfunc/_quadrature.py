@@ -49,7 +49,7 @@ class Quadrature:
 
     Attributes:
         nodes: shape ``(num_probes, num_nodes)``. The first ``num_exact`` columns are the exact outliers, the same in
-            every row; the others are Ritz values, ascending.
+            every row; the others are Ritz values, ascending, of the last ``num_rules`` steps.
         weights: the same shape; each row sums to 1. An exact outlier weighs ``1 / size``. Without reorthogonalization
             several nodes may be copies of one eigenvalue and share its weight: the measure holds, a list of nodes is
             no list of eigenvalues.
@@ -57,6 +57,7 @@ class Quadrature:
         num_steps: Lanczos steps per probe.
         num_matvecs: products spent in all.
         num_exact: number of eigenvalues whose mass is exact.
+        num_rules: number of Gauss rules, of ``num_steps`` steps and fewer, that each row is the mean of.
     """
 
     nodes: Tensor = field(repr=False)
@@ -65,6 +66,7 @@ class Quadrature:
     num_steps: int
     num_matvecs: int
     num_exact: int = 0
+    num_rules: int = 1
 
     @property
     def num_probes(self) -> int:
@@ -231,7 +233,7 @@ class Quadrature:
         """
         check_confidence(confidence)
         n = max(self.size - self.num_exact, 1)
-        steps = 12 / (self.num_steps - 0.5)
+        steps = 12 / (self.num_steps - self.num_rules + 0.5)
         probes = math.sqrt(4 * math.log(2 * n / (1 - confidence)) / ((n + 2) * self.num_probes))
         rest = self._rest()
         width = float(rest.max() - rest.min()) if rest.numel() else 0.0
@@ -284,7 +286,7 @@ class Quadrature:
     def _rest(self) -> Tensor:
         """Nodes, exact outliers left out, that carry a noticeable part of an eigenvalue."""
         nodes, weights = self.nodes[:, self.num_exact :], self.weights[:, self.num_exact :]
-        return nodes[weights * self.size > SHARE]
+        return nodes[weights * (self.size * self.num_rules) > SHARE]
 
     def _resolution(self, linthresh: float | None) -> float:
         def stretch(x: Tensor) -> Tensor:

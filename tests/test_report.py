@@ -124,6 +124,7 @@ def test_document_states_every_figure(tmp_path):
         "num_probes": 4,
         "num_steps": 5,
         "num_exact": 1,
+        "num_rules": 1,
         "num_matvecs": 20,
         "sigma": density.sigma,
         "negative_fraction": float(negative),
