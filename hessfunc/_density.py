@@ -15,8 +15,11 @@ _PADDING = 6.0
 
 _POINTS_PER_SIGMA = 4
 _MAX_POINTS = 2**18
-_BLOCK = 2**16
-"""Grid points times nodes evaluated at a time: few enough for the processor's cache."""
+_BLOCK, _LEAST = 2**16, 16
+"""Grid points times nodes evaluated at a time, few enough for the processor's cache, and the fewest points."""
+
+_REACH = 9.0
+"""Bandwidths beyond which a Gaussian is nothing next to its height, in double precision."""
 
 _APART = 2.0
 """Spread over the law's error beyond which the law does not describe the spread; chance alone seldom does that."""
@@ -87,33 +90,41 @@ def smooth(
     height = 1 / (width * (2 * torch.pi) ** 0.5)
     if linthresh is not None:
         height = height / (points.square() + linthresh**2).sqrt()
-    parts = [
-        torch.stack(_moments(chunk, stretched, weights, width, size, num_exact))
-        for chunk in positions.split(max(1, _BLOCK // nodes.numel()))
-    ]
+    # Not in all rows alike: the one that outliers were found by holds repeated ones among the others.
+    exact, shares = stretched[:1, :num_exact], weights[:, :num_exact].mean(0)
+    rest, order = stretched[:, num_exact:].sort(dim=1)
+    weights = weights[:, num_exact:].gather(1, order)
+    mass, parts = float(weights.sum()), []
+    for chunk in positions.split(max(_LEAST, _BLOCK // nodes.numel())):
+        low, high = float(chunk.min()) - _REACH * width, float(chunk.max()) + _REACH * width
+        near = slice(int((rest < low).sum(1).min()), int((rest <= high).sum(1).max()))
+        found = _moments(chunk, rest[:, near], weights[:, near], mass, width, size - num_exact)
+        parts.append(torch.stack([found[0] + _bumps(chunk, exact, width)[0] @ shares, *found[1:]]))
     values, stderr, dof = torch.cat(parts, dim=1)
     return Density(points, height * values, height * stderr, width, linthresh, dof)
 
 
 def _moments(
-    positions: Tensor, nodes: Tensor, weights: Tensor, sigma: float, size: int, num_exact: int
+    positions: Tensor, nodes: Tensor, weights: Tensor, mass: float, sigma: float, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean of the Gaussians' sums over the probes, its standard error and degrees of freedom."""
-    # Not in all rows alike: the one that outliers were found by holds repeated ones among the others.
-    exact = _bumps(positions, nodes[:1, :num_exact], sigma)[0] @ weights[:, :num_exact].mean(0)
-    bumps, weights = _bumps(positions, nodes[:, num_exact:], sigma), weights[:, num_exact:, None]
-    rows, count, mass = (bumps @ weights).squeeze(2), len(weights), float(weights.sum())
-    values = exact + rows.mean(0)
+    """Mean of the Gaussians' sums over the probes, its standard error and degrees of freedom.
+
+    ``mass`` is that of all nodes, those included that are too far away to be given.
+    """
+    bumps, weights = _bumps(positions, nodes, sigma), weights[:, :, None]
+    rows, count = (bumps @ weights).squeeze(2), len(weights)
+    values = rows.mean(0)
     if count == 1:
         return values, torch.full_like(values, torch.inf), torch.ones_like(values)
     spread = rows.std(0) / count**0.5
     if not mass > 0:
         return values, spread, torch.full_like(values, count - 1.0)
+    mean, away = rows.sum(0) / mass, mass - float(weights.sum())
     # In place: a pass over fresh memory takes as long as the Gaussians
-    squares = bumps.sub_((rows.sum(0) / mass)[:, None]).square_()
-    variance = (squares @ weights).sum((0, 2)) / mass
-    fourth = (squares.square_() @ weights).sum((0, 2)) / mass
-    known, dof = known_error(variance, fourth, mass=mass / count, size=size - num_exact, num_probes=count)
+    squares = bumps.sub_(mean[:, None]).square_()
+    variance = ((squares @ weights).sum((0, 2)) + away * mean.square()) / mass
+    fourth = ((squares.square_() @ weights).sum((0, 2)) + away * mean**4) / mass
+    known, dof = known_error(variance, fourth, mass=mass / count, size=size, num_probes=count)
     # Gaussians narrower than the nodes' distances see nodes move from probe to probe, of which the law knows nothing.
     return values, spread.maximum(known), torch.where(spread > _APART * known, count - 1.0, dof)
 
