@@ -113,10 +113,25 @@ def _drop_tangent_copies(recording: Recording, layout_free: bool) -> None:
 
 
 def _replace(recording: Recording, node: Node, by: Node) -> None:
+    views, new = _sharing_memory(recording, node), recording.storage[by]
     node.replace_all_uses_with(by)
     recording.outputs = [by if output is node else output for output in recording.outputs]
     recording.graph.erase_node(node)
-    merge_storage(recording, recording.storage.pop(node), recording.storage[by])
+    del recording.storage[node]
+    for view in views:
+        recording.storage[view] = new
+
+
+def _sharing_memory(recording: Recording, node: Node) -> set[Node]:
+    """The other nodes of the same memory: each is a view of one of them, or has one of them for a view."""
+    storage, found, waiting = recording.storage[node], {node}, [node]
+    while waiting:
+        one = waiting.pop()
+        for other in (*one.users, *one.all_input_nodes):
+            if other not in found and recording.storage.get(other) == storage:
+                found.add(other)
+                waiting.append(other)
+    return found - {node}
 
 
 def merge_storage(recording: Recording, old: int, new: int) -> None:
