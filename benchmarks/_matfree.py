@@ -88,6 +88,7 @@ def _setup(problem_id: int, dtype: torch.dtype) -> dict[Any, Any]:  # noqa: ARG0
 
 def _cached(problem: models.Problem, key: Any, make: Callable[[], Any]) -> Any:
     cache = _setup(id(problem), next(iter(problem.params.values())).dtype)
+    cache["problem"] = problem  # held, so that its id stays its own
     if key not in cache:
         cache[key] = make()
     return cache[key]
