@@ -147,7 +147,8 @@ def summed(
         looking = sound is not None and not torch.compiler.is_compiling()
         for position, (batch, weight) in enumerate(batches):
             arguments = batch if extend is None else extend(position, batch)
-            way: dict[str, Any] = {"batch": arguments, "position": position, "keep": batches.stable}
+            held = batches.holds(arguments, position)
+            way: dict[str, Any] = {"batch": arguments, "position": position, "keep": batches.stable, "held": held}
             if sound is not None and looking:
                 if position == 0:
                     sound.of_batch(batch, arguments, partial(traced.rows, **way), partial(traced.prepare, **way))

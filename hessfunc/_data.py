@@ -68,8 +68,17 @@ class Batches:
         return weight if self.reduction == "mean" else float(position == 0)
 
     def _arguments(self, batch: Batch) -> tuple[Any, ...]:
+        if self._is_ready(batch):
+            return batch
         arguments = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
         return tree.map_leaves(lambda x: x.to(self.device) if isinstance(x, torch.Tensor) else x, arguments)
+
+    def _is_ready(self, batch: Batch) -> bool:
+        return type(batch) is tuple and all(isinstance(x, torch.Tensor) and x.device == self.device for x in batch)
+
+    def holds(self, arguments: tuple[Any, ...], position: int) -> bool:
+        """Whether these loss arguments are a batch itself, of tensors alone, which stays the same in every pass."""
+        return self.stable and arguments is (self.data if self.single else self.data[position])
 
     def _weight(self, batch: Batch, position: int) -> float:
         if self.reduction == "sum":

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from hessfunc._bindings import quick_binding
 from hessfunc._in_place import in_place
 from hessfunc._onednn import instead
 from hessfunc._recorder import Recording, select_result
@@ -69,7 +70,8 @@ class _Writer:
         if not recording.quick:
             return [node.target for node in steps]
         over = in_place(recording, list(self._names), steps, ends)
-        return [over[i] or instead(node, recording.values, lean=self._lean) for i, node in enumerate(steps)]
+        chosen = [over[i] or instead(node, recording.values, lean=self._lean) for i, node in enumerate(steps)]
+        return [quick_binding(target) for target in chosen]
 
     def _call(self, node: Node, target: Any) -> str:
         if node.target is select_result:

@@ -68,29 +68,36 @@ class TracedProduct:
         self._frugal = self._most_shared < layout.size * layout.dtype.itemsize  # not one vector
         self._programs = programs
         self._kept: dict[int, Kept] = {}
+        self._trials: dict[int, tuple[tuple[Any, ...], Trial]] = {}
         self._lock = threading.RLock()  # several threads may share an operator, one product at a time
 
-    def rows(self, rows: Tensor, batch: tuple[Any, ...], position: int, *, keep: bool) -> Tensor:
-        """Products with each row on one batch; ``keep`` says that the batch at this position stays the same object."""
-        with self._lock:
-            return self._programs.by_a_rule_that_works(partial(self._locked_rows, rows, batch, position, keep=keep))
+    def rows(self, rows: Tensor, batch: tuple[Any, ...], position: int, *, keep: bool, held: bool = False) -> Tensor:
+        """Products with each row on one batch.
 
-    def prepare(self, batch: tuple[Any, ...], position: int, *, keep: bool) -> None:
+        ``keep`` says that the tensors of the batch at this position stay the same objects, ``held`` that the batch is a
+        tuple of the caller's, of tensors alone, and stays the same object itself.
+        """
+        with self._lock:
+            return self._programs.by_a_rule_that_works(
+                partial(self._locked_rows, rows, batch, position, keep=keep, held=held)
+            )
+
+    def prepare(self, batch: tuple[Any, ...], position: int, *, keep: bool, held: bool = False) -> None:
         """Trace for single rows, where memory is scarce and nothing is traced yet: before there are rows in it."""
         if self._frugal:
             with self._lock:
-                self._programs.by_a_rule_that_works(partial(self._prepare, batch, position, keep))
+                self._programs.by_a_rule_that_works(partial(self._prepare, batch, position, keep, held))
 
-    def _prepare(self, batch: tuple[Any, ...], position: int, keep: bool) -> None:
-        trial = self._trial(batch)
+    def _prepare(self, batch: tuple[Any, ...], position: int, keep: bool, held: bool) -> None:
+        trial = self._trial(batch, position, held)
         signature = trial.signature
         if not (self._programs.eager or signature is None or (signature, 1) in self._programs.traced):
             layout = self._point.domain
             rows = Shadow(torch.empty(1, layout.size, dtype=layout.dtype, device="meta"), layout.device)
             self._trace(trial, signature, rows, Way(position, keep, alone=True, shared={}))
 
-    def _locked_rows(self, rows: Tensor, batch: tuple[Any, ...], position: int, *, keep: bool) -> Tensor:
-        trial = self._trial(batch)
+    def _locked_rows(self, rows: Tensor, batch: tuple[Any, ...], position: int, *, keep: bool, held: bool) -> Tensor:
+        trial = self._trial(batch, position, held)
         signature = trial.signature
         if self._programs.eager or signature is None:
             return self._run_eagerly(trial, rows)
@@ -117,8 +124,13 @@ class TracedProduct:
         assert whole is not None
         return whole
 
-    def _trial(self, batch: tuple[Any, ...]) -> Trial:
-        return Trial(self._programs.rule, self._loss, self._point, batch)
+    def _trial(self, batch: tuple[Any, ...], position: int, held: bool) -> Trial:
+        known, trial = self._trials.get(position, (None, None))
+        if trial is None or known is not batch or not trial.is_current(self._programs.rule):
+            trial = Trial(self._programs.rule, self._loss, self._point, batch)
+            if held:  # else a reference would keep the batch alive
+                self._trials[position] = batch, trial
+        return trial
 
     def _apply(self, program: Linearized, trial: Trial, rows: Tensor, way: Way, out: Tensor | None) -> Tensor | None:
         primals = trial.primals

@@ -51,9 +51,18 @@ class Trial:
         self._loss = loss
         self._point = point
         self._leaves, self._spec = tree.flatten(batch)
-        parts = _signature(self._leaves, self._spec)
-        self.signature = None if parts is None else (parts, point.strides, cast_to(point.domain.device))
+        self._looks = self._look()
+        known = None not in self._looks[0]
+        self.signature: Hashable = (str(self._spec), point.strides, self._looks) if known else None
         self.primals = [*point.leaves, *(leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor))]
+
+    def is_current(self, rule: Rule) -> bool:
+        """Whether a trial by this rule, made now, would be the same."""
+        return self.rule is rule and self._looks == self._look()
+
+    def _look(self) -> tuple[tuple[Hashable, ...], torch.dtype | None]:
+        """What a traced program depends on besides the values of tensors."""
+        return tuple([_look(leaf) for leaf in self._leaves]), cast_to(self._point.domain.device)
 
     def function(self, *inputs: Tensor) -> Tensor:
         """Products with rows, ``(*primals, rows) -> products``."""
@@ -126,14 +135,8 @@ class Trial:
             )
 
 
-def _signature(leaves: list[Any], spec: Any) -> Hashable | None:
-    """What a traced program depends on besides the values of tensors; None if that cannot be compared."""
-    parts: list[Hashable] = [str(spec)]
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor):
-            parts.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
-        elif isinstance(leaf, int | float | bool | str | type(None)):
-            parts.append((type(leaf), leaf))
-        else:
-            return None
-    return tuple(parts)
+def _look(leaf: Any) -> Hashable:
+    """Equal for leaves that one program serves; None for what cannot be compared."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    return (type(leaf), leaf) if isinstance(leaf, int | float | bool | str | type(None)) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 from collections import Counter
 
 import pytest
@@ -190,6 +191,47 @@ def test_residuals_kept_are_not_used_after_a_change_in_place(changed):
     after = H.vector(v)
     assert relative(after, hf.hessian(loss, params, (x,), linearize=False).vector(v)) < 1e-12
     assert relative(after, before) > 1
+
+
+def quartic(p, x):
+    return ((x @ p) ** 4).mean()
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_another_shape_in_the_same_tensor_is_noticed(as_list):
+    p, v = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    batch = (torch.randn(6, 3, dtype=torch.float64),)
+    H = hf.hessian(quartic, p, [batch] if as_list else batch)
+    for _ in range(2):
+        H.vector(v)
+    batch[0].data = torch.randn(4, 3, dtype=torch.float64)
+    assert relative(H.vector(v), hf.hessian(quartic, p, batch, linearize=False).vector(v)) < 1e-12
+
+
+def test_another_batch_in_its_place_is_noticed():
+    p, v = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    batches = [(torch.randn(6, 3, dtype=torch.float64),) for _ in range(2)]
+    H = hf.hessian(quartic, p, batches)
+    for _ in range(2):
+        H.vector(v)
+    batches[1] = (torch.randn(6, 3, dtype=torch.float64),)
+    assert relative(H.vector(v), hf.hessian(quartic, p, batches, linearize=False).vector(v)) < 1e-12
+
+
+def test_batches_of_a_loader_are_let_go():
+    class Loader:
+        def __iter__(self):
+            for seed in range(3):
+                x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+                made.append(weakref.ref(x))
+                yield (x,)
+
+    made = []
+    H = hf.hessian(quartic, torch.randn(3, dtype=torch.float64), Loader())
+    for _ in range(2):
+        H.vector(torch.randn(3, dtype=torch.float64))
+    assert len(made) >= 6
+    assert all(reference() is None for reference in made)
 
 
 def test_value_dependent_python_falls_back_loudly():
