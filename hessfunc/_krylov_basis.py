@@ -96,7 +96,8 @@ class KrylovBasis:
         products, columns, lengths = self._orthogonalized(products, _numpy(own), start, stop)
         self._projection[:stop, start:stop] = columns
         self._projection[start:stop, :stop] = columns.T
-        self._coupling = np.pad(self._coupling[width:], ((0, 0), (0, width)))
+        known = self._coupling[width:]
+        self._coupling = np.hstack([known, np.zeros((len(known), width))])  # np.pad takes ten times as long
         self.count = stop
         self.ritz_values, self._vectors = np.linalg.eigh(self._projection[:stop, :stop])
         self.scale = max(self.scale, float(np.abs(self.ritz_values).max()))
