@@ -30,6 +30,8 @@ METHODS = {
     "plain, full": {"exact_outliers": False, "reorthogonalize": "full"},
     "exact outliers, no reorthogonalization": {"exact_outliers": True, "reorthogonalize": "none"},
     "exact outliers, full": {"exact_outliers": True, "reorthogonalize": "full"},
+    "plain, last rule alone": {"exact_outliers": False, "num_rules": 1},
+    "exact outliers, last rule alone": {"exact_outliers": True, "num_rules": 1},
 }
 
 
