@@ -82,8 +82,8 @@ class Quadrature:
         """``tr f(H)``, the sum of ``f`` over the eigenvalues; ``tr H`` without ``f``.
 
         Formula: mean over the probes of ``size * sum_i weight_i f(node_i)``. Exact in expectation for polynomials up to
-        degree ``2 num_steps - 1``, as close as they come to ``f`` otherwise (Ubaru, Chen and Saad 2017). The standard
-        error covers the probes' noise, not that remainder.
+        degree ``2 (num_steps - num_rules) + 1``, as close as they come to ``f`` otherwise (Ubaru, Chen and Saad 2017).
+        The standard error covers the probes' noise, not that remainder.
 
         A probe uniform on the sphere gives ``tr f(H)`` with variance ``2 size^2 / (size + 2)`` times that of ``f`` over
         the eigenvalues. The quadrature tells this variance from all its nodes, and its degrees of freedom from their

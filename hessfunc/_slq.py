@@ -53,8 +53,8 @@ def slq(
     eigenvalues, which share one eigenvalue's weight (Knizhnerman 1996; Chen, Trogdon and Ubaru 2021): densities,
     moments and traces hold, the list of nodes is no list of eigenvalues. It is the default, since full
     reorthogonalization takes ``num_steps`` vectors per probe and up to twice the time between products, and on a
-    trained network left the error of traces as it was and lowered the Wasserstein-1 distance by 0 to 17 %
-    (``benchmarks/bench_density.py``), where exact outliers lowered it fivefold and more.
+    trained network left the error of traces as it was and lowered the Wasserstein-1 distance by 0 to 23 %
+    (``benchmarks/bench_density.py``), where exact outliers lowered it to a sixth and less.
 
     Cost: ``num_probes * num_steps`` matvecs, in ``num_steps`` passes if the probes run in one chunk (twice as many
     with exact outliers), and one that checks the pairs given as ``deflate``. Memory: ``num_probes`` vectors for the
