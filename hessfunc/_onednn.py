@@ -19,6 +19,9 @@ WORTH = 1 << 20
 the fifth generation, where MKL took 20 microseconds for as many and oneDNN 19 to 26, and for eight times as many 153
 and 76 to 102."""
 
+_VECTOR = 16
+"""Columns that MKL takes together: fewer take as long, 10 as long as 16."""
+
 NARROW = 8
 """Rows and columns below which a product waits for memory, and takes longer in oneDNN."""
 
@@ -60,7 +63,7 @@ def instead(node: Node, values: Mapping[Node, Value], *, lean: bool = False) -> 
     if not (plain and torch.backends.mkldnn.enabled and available()):
         return node.target
     height, depth, width = left.shape[-2], left.shape[-1], right.shape[-1]
-    each = height * depth * width
+    each = height * depth * -(-width // _VECTOR) * _VECTOR
     if node.target in _SINGLE:
         quicker = _SINGLE | _LEAN if lean else _SINGLE
         return quicker[node.target] if each >= WORTH and min(height, width) >= NARROW else node.target
@@ -69,7 +72,9 @@ def instead(node: Node, values: Mapping[Node, Value], *, lean: bool = False) -> 
     shared_left, shared_right, apart = _BATCHED[node.target]
     if len(left.shape) == 3 and each * left.shape[0] >= WORTH:
         if left.strides[0] == 0:
-            return shared_left
+            users = [user.target for user in node.users]
+            any_order = node.target is _aten.bmm.default and users and all(user in _ENTRY_BY_ENTRY for user in users)
+            return _wide if any_order else shared_left
         if right.strides[0] == 0:
             return shared_right
     return apart if each >= 4 * WORTH and min(height, width) >= NARROW else node.target
@@ -119,7 +124,10 @@ def _addmm(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> Tensor:
 def _wide(a: Tensor, b: Tensor) -> Tensor:
     """``a[0] @ b[i]`` for all i, next to each other in one product; in an order of its own in memory."""
     lanes, depth, width = b.shape
-    side_by_side = b.transpose(0, 1).reshape(depth, lanes * width)
+    if b.stride(1) == 1:  # transposed, as weights are: rows are quicker to copy than columns
+        side_by_side = b.transpose(1, 2).reshape(lanes * width, depth).t()
+    else:
+        side_by_side = b.transpose(0, 1).reshape(depth, lanes * width)
     return _mm(a[0], side_by_side).view(a.shape[1], lanes, width).transpose(0, 1)
 
 
@@ -161,5 +169,9 @@ _LEAN = {_aten.mm.out: _lean_mm_out, _aten.addmm_.default: _lean_addmm_}
 _BATCHED = {
     _aten.bmm.default: (_bmm_left, _high, _bmm),
     _aten.baddbmm_.default: (_baddbmm_left_, _baddbmm_right_, _baddbmm_),
+}
+_ENTRY_BY_ENTRY = {
+    *(_aten.mul.Tensor, _aten.mul_.Tensor, _aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.Tensor),
+    *(_aten.addcmul.default, _aten.addcmul_.default, _aten.threshold_backward.default),
 }
 _ADDING = {_aten.addmm.default, _aten.addmm_.default, _aten.baddbmm_.default}

@@ -94,6 +94,19 @@ def test_batches_are_the_same_and_a_shared_matrix_is_multiplied_once(left, right
     agree(result, c + alpha * expected)
 
 
+@pytest.mark.parametrize(
+    ("function", "is_copied"),
+    [(lambda x: x + 1, False), (lambda x: x.mul(2).view(12, 5), False), (lambda x: x.view(12, 5), True)],
+)
+def test_what_is_used_entry_by_entry_keeps_its_order_in_memory(function, is_copied, generator):
+    a, b = random(1, 4, 6, generator=generator).expand(3, 4, 6), random(3, 6, 5, generator=generator)
+    recording, _ = record(lambda a, b: [function(torch.bmm(a, b))], [a, b])
+    (node,) = [node for node in recording.graph.nodes if node.target is aten.bmm.default]
+    result = _onednn.instead(node, recording.values)(a, b)
+    assert result.is_contiguous() == is_copied
+    agree(result, torch.bmm(a, b))
+
+
 @pytest.mark.parametrize("alpha", [1, -0.5])
 def test_products_are_added_where_they_belong(alpha, generator):
     a, b, c = (random(*shape, generator=generator) for shape in ((4, 6), (6, 5), (4, 5)))
@@ -151,7 +164,7 @@ def test_other_products_are_left_to_torch(generator, monkeypatch):
         assert chosen(aten.mm.default, a, b) is aten.mm.default
     finally:
         torch.backends.mkldnn.set_flags(_enabled=True)
-    monkeypatch.setattr(_onednn, "WORTH", 4 * 6 * 5)
+    monkeypatch.setattr(_onednn, "WORTH", 4 * 6 * 16)  # five columns take as long as 16
     assert chosen(aten.mm.default, a, b) is not aten.mm.default
     assert chosen(aten.mm.default, a[1:], b) is aten.mm.default
     monkeypatch.setattr(_onednn, "WORTH", 1)
