@@ -135,7 +135,8 @@ def plain_rules(spectrum: str, num_probes: int, seeds: int, num_steps: int) -> l
         generator=seeded(1),
     )
     parts = zip(rule.nodes.split(num_probes), rule.weights.split(num_probes), strict=True)
-    return [hf.Quadrature(*part, rule.size, num_steps, num_probes * num_steps) for part in parts]
+    spent = num_probes * num_steps
+    return [hf.Quadrature(*part, rule.size, num_steps, spent, num_rules=rule.num_rules) for part in parts]
 
 
 @cache
