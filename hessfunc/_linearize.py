@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from hessfunc._agreement import Summary
 from hessfunc._channels_last import in_channels_last
+from hessfunc._heap import keep_heap
 from hessfunc._joint import joint_program
 from hessfunc._memory import Memory
 from hessfunc._placed import least_program, program_into
@@ -24,6 +25,12 @@ from hessfunc._shadows import ShadowError
 from hessfunc._simplify import simplify
 from hessfunc._steps import needed
 from hessfunc._typing import Tensor
+
+_SMALL = 1 << 14
+"""Mean number of entries of an operation's result below which memory comes from the heap as fast as it can."""
+
+_SCRATCH = 2
+"""Times the memory of the results that operations need, for their own purposes and for gaps between blocks."""
 
 
 def cast_to(device: torch.device) -> torch.dtype | None:
@@ -158,10 +165,23 @@ class Linearized:
         """The result for one tangent without residuals, in less memory than they take; memory of its own."""
         return self._own(self._joint(*primals, tangent)[0], tangent)
 
+    def keep_heap(self) -> None:
+        """See to it that the memory of one product stays with the process until the next one."""
+        self._heap  # noqa: B018  # made when it is asked for
+
     def _own(self, result: Tensor, tangent: Tensor) -> Tensor:
         # A constant result is a residual, and that of the identity is the tangent itself.
         shared = result.untyped_storage().data_ptr() == tangent.untyped_storage().data_ptr()
         return result.clone() if shared or not self._computes_result else result
+
+    @cached_property
+    def _heap(self) -> Any:
+        if self._device.type != "cpu" or self.mean_elements < _SMALL:
+            return None
+        *primals, tangent = self._recording.inputs
+        steps = needed([node for node in self._body if node in self._moving], self._recording.outputs)
+        inputs = [*primals, *self._residuals, tangent]
+        return keep_heap(_SCRATCH * Memory(self._recording).peak(inputs, steps, self._recording.outputs))
 
     @cached_property
     def _primal(self) -> Program:

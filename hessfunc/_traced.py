@@ -141,6 +141,8 @@ class TracedProduct:
             if result is None:
                 self._give_up("the replayed product differs from the eager one")
             return result
+        if not self._frugal:
+            program.keep_heap()
         if in_one:
             return program.apply_once(primals, rows)
         return program.apply(primals, self._residuals(program, primals, way), rows, out)

@@ -17,7 +17,7 @@ TREES = {path.stem: ast.parse(path.read_text(), str(path)) for path in sorted(PA
 LAYERS = {
     "types": ["_typing"],
     "pytrees": ["tree"],
-    "checks and probes": ["_checks", "_probes", "_room"],
+    "checks and probes": ["_checks", "_probes", "_room", "_heap"],
     "torch put right": [
         *("_decompositions", "_explain", "_compat", "_shadows", "_recorder", "_simplify", "_zeros"),
         *("_factors", "_reassociate", "_channels_last", "_onednn"),
