@@ -30,7 +30,7 @@ one()
 before = resident()
 kept = keep_heap(120_000_000) if sys.argv[1] == "kept" else None
 taken = resident() - before
-for _ in range(2):
+for _ in range(10):  # until all of it has been written to
     one()
 start = faults()
 for _ in range(5):
