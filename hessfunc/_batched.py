@@ -56,7 +56,7 @@ def over_batches(
         extend: ``extend(position, batch)`` gives the arguments of the product from those of the loss; it must return
             the same objects in every pass where the batch is the same object.
     """
-    programs = Programs(*rules, eager=not linearize)
+    programs, check_first = Programs(*rules, eager=not linearize), check
 
     def product(*arguments: Any) -> Params:
         return programs.rule.product(*arguments)
@@ -74,6 +74,7 @@ def over_batches(
             chunk_size=chunk_size,
             memory_budget=memory_budget,
             compile=compile,
+            compare=check_first,
             extend=extend,
             sound=Soundness(product, loss, params, data, name=name) if check else None,
         )
@@ -120,6 +121,7 @@ def summed(
     chunk_size: int | None,
     memory_budget: int | None,
     compile: bool = False,
+    compare: bool = True,
     extend: Callable[[int, tuple[Any, ...]], tuple[Any, ...]] | None = None,
     domain: tree.Layout | None = None,
     image: tree.Layout | None = None,
@@ -128,8 +130,8 @@ def summed(
     """The product of ``programs`` summed over the batches with their weights, as a map on flat rows, and its terms.
 
     It is linear, but need not be from parameters to parameters: ``domain`` and ``image`` say how vectors and results
-    lie where they are of another kind. ``sound`` looks at the first products. The other arguments are those of
-    [`over_batches`][].
+    lie where they are of another kind. ``sound`` looks at the first products, ``compare`` says that the recorded one is
+    to be compared with an eager one. The other arguments are those of [`over_batches`][].
     """
     traced = TracedProduct(
         loss,
@@ -138,6 +140,7 @@ def summed(
         max_lanes=chunk_size,
         memory_budget=memory_budget,
         compile=compile,
+        compare=compare,
         domain=domain,
         image=image,
     )

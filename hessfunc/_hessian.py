@@ -65,7 +65,8 @@ def hessian(
         check: find out at the first product whether the loss gives the same value twice and whether the product is
             symmetric, and in each pass over a loader whether it yields what it did in the first. Costs two evaluations
             of the loss and two products on the first batch, which no ``num_matvecs`` counts, and a sum over the data
-            per pass over a loader. Rounding is not taken for asymmetry.
+            per pass over a loader. Rounding is not taken for asymmetry. Without it a product with 65,536 parameters and
+            more is not compared with an eager one either, which takes several gradients.
 
     Raises:
         ValueError: empty data, non-scalar loss, unclear sample count, an option out of range; later ``check`` found a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Hashable
@@ -27,6 +28,9 @@ LANE_ELEMENTS, CPU_LANE_ELEMENTS = 1 << 20, 1 << 17
 """Lanes of one operation hold about this many numbers at most: beyond that batching saves no overhead any more, and on
 the CPU what does not fit into the cache costs more than it saves."""
 
+MANY = 1 << 16
+"""Parameters from which a recording without numbers takes less time than the product that it saves."""
+
 PATIENCE = 32
 """How many lanes are served one by one that another program would have taken along before it is made: that takes as
 long as the calls of tens of products, and calls are all that it saves."""
@@ -42,6 +46,8 @@ class TracedProduct:
     objects are kept from pass to pass up to a budget. What cannot be recorded runs eagerly, after a ``ProductWarning``;
     where an operation lacks a derivative that a rule needs, the next rule takes over, after another one.
 
+    With ``compare=False`` a product with many parameters is recorded without being run, and not compared with anything.
+
     With a budget below one vector nothing runs for the recording alone: it is made without memory, and compared with
     an eager product in the order of differentiation that needs less.
     """
@@ -55,6 +61,7 @@ class TracedProduct:
         max_lanes: int | None,
         memory_budget: int | None,
         compile: bool,
+        compare: bool = True,
         domain: tree.Layout | None = None,
         image: tree.Layout | None = None,
     ) -> None:
@@ -66,6 +73,7 @@ class TracedProduct:
         self._budget = available_memory(layout.device) // 4 if memory_budget is None else memory_budget
         self._most_shared = float("inf") if memory_budget is None else memory_budget
         self._frugal = self._most_shared < layout.size * layout.dtype.itemsize  # not one vector
+        self._unseen = not compare and not compile and layout.size >= MANY and not self._frugal
         self._programs = programs
         self._kept: dict[int, Kept] = {}
         self._trials: dict[int, tuple[tuple[Any, ...], Trial]] = {}
@@ -141,11 +149,12 @@ class TracedProduct:
             if result is None:
                 self._give_up("the replayed product differs from the eager one")
             return result
+        residuals = None if in_one else self._residuals(program, primals, way)
         if not self._frugal:
-            program.keep_heap()
-        if in_one:
+            program.keep_heap()  # once residuals lie elsewhere
+        if residuals is None:
             return program.apply_once(primals, rows)
-        return program.apply(primals, self._residuals(program, primals, way), rows, out)
+        return program.apply(primals, residuals, rows, out)
 
     def _source(self, program: Linearized, trial: Trial, way: Way) -> Callable[[], list[Tensor]] | None:
         """Where the program gets residuals from; None if it does without."""
@@ -189,6 +198,13 @@ class TracedProduct:
     ) -> tuple[Linearized | None, Tensor | None]:
         """A program that was compared with the function, and the product with ``rows`` if it was compared on that."""
         num, primals = rows.shape[0], trial.primals
+        if self._unseen and trial.rule.lighter is not None:
+            with contextlib.suppress(NotRecordableError, RuntimeError):  # what it is shows below, where all runs
+                program = trial.unseen(rows)
+                if not program.random:
+                    result = self._apply(program, trial, rows, way, None)
+                    self._programs.traced[signature, num] = program
+                    return program, result
         probe = partial(trial.probe, num) if self._frugal else lambda: rows
         reason = "the replayed product differs from the eager one"
         for on_shadows, rewrite in self._attempts(trial.rule):

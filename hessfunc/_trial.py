@@ -14,6 +14,7 @@ from hessfunc._agreement import Summary
 from hessfunc._compat import evaluated
 from hessfunc._linearize import Linearized, cast_to
 from hessfunc._rules import Rule
+from hessfunc._shadows import Shadow
 from hessfunc._typing import Loss, Params, Tensor
 
 OUTWEIGHED = 10
@@ -120,6 +121,16 @@ class Trial:
                 product = self.rule.lighter(self._loss, params, partial(self._drawn, probe), *batch)
                 return program, Summary.of(self._point.image.ravel(product))
         return program, Summary.of(self.rows(probe()))
+
+    def unseen(self, rows: Tensor) -> Linearized:
+        """A program for rows like these, recorded without numbers and compared with nothing.
+
+        Raises:
+            NotRecordableError, ShadowError: it cannot be recorded so.
+        """
+        program = Linearized(self.function, self.primals, Shadow.of(rows), on_shadows=True)
+        program.checked |= {False, True}
+        return program
 
     def _drawn(self, probe: Callable[[], Tensor]) -> Params:
         # Forward mode would copy views of a flat vector, and does not copy these.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hessfunc as hf
+from hessfunc import _traced, _trial
 from hessfunc._linearize import Linearized
 from hessfunc._recorder import NotRecordableError, record
 from hessfunc._traced import PATIENCE
@@ -484,3 +485,59 @@ def test_operations_that_want_their_memory_in_order_get_it(generator):
         H = hf.hessian(loss, params, product=product)
         for _ in range(2):
             torch.testing.assert_close(H.dense(), reference, rtol=1e-4, atol=1e-6)
+
+
+class TestWithoutChecks:
+    """With many parameters and ``check=False`` nothing runs for the recording, and nothing is compared."""
+
+    @pytest.fixture(autouse=True)
+    def _every_size_is_large(self, monkeypatch):
+        monkeypatch.setattr(_traced, "MANY", 1)
+
+    @staticmethod
+    def batch():
+        return (torch.randn(6, 3, dtype=torch.float64),)
+
+    @pytest.mark.parametrize("num", [1, 3])
+    def test_products_are_right_and_not_compared(self, num, monkeypatch):
+        compared = []
+        replayed = _traced.replayed
+        monkeypatch.setattr(_traced, "replayed", lambda *a: compared.append(1) or replayed(*a))
+        p, batches = torch.randn(3, dtype=torch.float64), [self.batch(), self.batch()]
+        rows = torch.randn(num, 3, dtype=torch.float64)
+        expected = hf.hessian(quartic, p, batches, linearize=False).rows(rows)
+        H = hf.hessian(quartic, p, batches, check=False)
+        for _ in range(2):
+            assert relative(H.rows(rows), expected) < 1e-12
+        assert relative(H.at(2 * p).rows(rows), 4 * expected) < 1e-12
+        assert not compared
+        assert relative(hf.hessian(quartic, p, batches).rows(rows), expected) < 1e-12
+        assert compared
+
+    def test_few_parameters_are_compared(self, monkeypatch):
+        monkeypatch.setattr(_traced, "MANY", 4)
+        monkeypatch.setattr(_trial.Trial, "unseen", lambda *_: pytest.fail("recorded unseen"))
+        p = torch.randn(3, dtype=torch.float64)
+        hf.hessian(quartic, p, self.batch(), check=False).vector(p)
+
+    def test_what_cannot_be_recorded_goes_the_usual_way(self):
+        def loss(p, x):
+            value = ((x @ p) ** 4).mean()
+            return value * 2 if value > 0 else value
+
+        p, batch = torch.randn(3, dtype=torch.float64), self.batch()
+        with pytest.warns(hf.ProductWarning, match="decide"):
+            product = hf.hessian(loss, p, batch, check=False).vector(p)
+        assert relative(product, 2 * hf.hessian(quartic, p, batch).vector(p)) < 1e-12
+
+    def test_random_losses_are_refused(self):
+        H = hf.hessian(
+            lambda p, x: ((torch.rand(6, 3) * x @ p) ** 4).mean(), torch.ones(3), (torch.ones(6, 3),), check=False
+        )
+        with pytest.raises(ValueError, match="not deterministic"):
+            H.vector(torch.ones(3))
+
+    def test_what_is_not_finite_is_told(self):
+        H = hf.hessian(lambda p: (p.abs() ** 0.5).sum(), torch.zeros(3), check=False)
+        with pytest.raises(hf.NonFiniteError):
+            H.vector(torch.ones(3))
