@@ -24,8 +24,8 @@ def keep_heap(num_bytes: int) -> np.ndarray | None:
     of its time on ResNet-20, and a quarter on a small GPT. It gives back nothing below a block in use. Such a block is
     the result; nothing is ever written to it, so it takes address space and no memory.
 
-    The memory kept is that which a product had at its height. Other parts of the process may use it meanwhile. None
-    where there is nothing to gain: little memory, or another system's C library.
+    What is written to of the memory kept stays resident. Other parts of the process may use it meanwhile. None where
+    there is nothing to gain: little memory, or another system's C library.
     """
     if not sys.platform.startswith("linux") or num_bytes < SMALLEST:
         return None
