@@ -23,8 +23,8 @@ def mean_rule(alphas: Tensor, betas: Tensor, num_rules: int, *, complete: bool =
 
     A Gauss rule puts the mass of a spectrum that it does not resolve on one node, now on one side of it and now on the
     other, as the number of steps has it; most of a network's eigenvalues are such a mass near 0. Means of rules of
-    neighbouring lengths (averaged Gauss rules; Laurie 1996, "Anti-Gaussian quadrature formulas") have errors of both
-    signs in them, and more nodes.
+    neighbouring lengths have errors of both signs in them, and more nodes; averages of a Gauss rule with one that errs
+    on the other side are Laurie's (1996, "Anti-Gaussian quadrature formulas").
 
     The rule of a run that ended is exact, and so are those of ``complete`` ones: the mean is then this rule alone, the
     other nodes have weight 0.

@@ -196,7 +196,7 @@ class TracedProduct:
     def _trace(
         self, trial: Trial, signature: Hashable, rows: Tensor, way: Way
     ) -> tuple[Linearized | None, Tensor | None]:
-        """A program that was compared with the function, and the product with ``rows`` if it was compared on that."""
+        """A program, as a rule compared with the function, and the product with ``rows`` if it was made."""
         num, primals = rows.shape[0], trial.primals
         if self._unseen and trial.rule.lighter is not None:
             with contextlib.suppress(NotRecordableError, RuntimeError):  # what it is shows below, where all runs

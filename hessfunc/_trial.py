@@ -128,6 +128,9 @@ class Trial:
         Raises:
             NotRecordableError, ShadowError: it cannot be recorded so.
         """
+        # What a loss makes at its first run with such a batch and keeps shall have numbers.
+        params = tree.unflatten(self._point.leaves, self._point.spec)
+        evaluated(self._loss, params, *tree.unflatten(self._leaves, self._spec))
         program = Linearized(self.function, self.primals, Shadow.of(rows), on_shadows=True)
         program.checked |= {False, True}
         return program

@@ -520,6 +520,18 @@ class TestWithoutChecks:
         p = torch.randn(3, dtype=torch.float64)
         hf.hessian(quartic, p, self.batch(), check=False).vector(p)
 
+    def test_what_the_loss_keeps_of_its_first_run_has_numbers(self):
+        kept = {}
+
+        def loss(p, x):
+            mask = kept.setdefault(len(x), torch.ones(len(x), dtype=torch.float64))  # as models keep causal masks
+            return ((x @ p) ** 4 * mask).mean()
+
+        p, batches = torch.randn(3, dtype=torch.float64), [self.batch(), (torch.randn(4, 3, dtype=torch.float64),)]
+        product = hf.hessian(loss, p, batches, check=False).vector(p)
+        assert relative(product, hf.hessian(quartic, p, batches).vector(p)) < 1e-12
+        assert all(bool(torch.isfinite(loss(p, *batch))) for batch in batches)
+
     def test_what_cannot_be_recorded_goes_the_usual_way(self):
         def loss(p, x):
             value = ((x @ p) ** 4).mean()
