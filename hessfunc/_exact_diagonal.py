@@ -11,6 +11,7 @@ import torch
 from hessfunc import tree
 from hessfunc._batched import checked_point
 from hessfunc._checks import check_count, check_finite
+from hessfunc._data import Batches
 from hessfunc._estimate import Estimate
 from hessfunc._fisher import checked_loss
 from hessfunc._gauss_newton import Criterion, ModelFn
@@ -91,6 +92,13 @@ def ggn_diagonal(
     params, batches = checked_point(
         loss, params, data, reduction=reduction, count=count, chunk_size=chunk_size, memory_budget=None
     )
+    return exact_diagonal(model_fn, criterion, params, batches, chunk_size=chunk_size)
+
+
+def exact_diagonal(
+    model_fn: ModelFn, criterion: Criterion, params: Params, batches: Batches, *, chunk_size: int | None = None
+) -> ExactDiagonal:
+    """[`ggn_diagonal`][hessfunc.ggn_diagonal] at a point and on data that have been looked at."""
     layout = tree.Layout.of(params)
     diagonal = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
     shares = torch.zeros(len(layout.sizes), dtype=torch.float64, device="cpu")

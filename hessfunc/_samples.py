@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,11 @@ class Samples:
         """Numbers that the likelihood of one sample depends on, each of which takes a pullback."""
         return self.whole.outputs.numel() // self.num_samples
 
+    def likelihood(self, batch: tuple[Any, ...]) -> Callable[[Params], Observed]:
+        """That of a batch as a function of the parameters."""
+        inputs, target = split_batch(batch)
+        return lambda params: observe(self.criterion, self.model_fn(params, *inputs), target)
+
     def first(self, num: int) -> tuple[Any, ...]:
         """A batch of so many samples, or all of it if its loss is not defined on so few (none of them counts)."""
         inputs, target = self._part(0, min(num, self.num_samples))
@@ -105,12 +110,7 @@ class Samples:
         )
         if set(layout.dtypes) != {layout.dtype} or not in_order:
             return None
-        inputs, target = split_batch(self.batch)
-
-        def likelihood(p: Params) -> Observed:
-            return observe(self.criterion, self.model_fn(p, *inputs), target)
-
-        squares = factored_squares(likelihood, self.params, self.num_samples)
+        squares = factored_squares(self.likelihood(self.batch), self.params, self.num_samples)
         if squares is None:
             return None
         self._check_each_alone()
@@ -190,17 +190,20 @@ class Samples:
                     outputs = evaluated(self.model_fn, self.params, *self._part(number, number + 1)[0])
                 self._check_alone(outputs, number)
             return
-        for number in range(self.num_samples):
-            self._check_alone(tree.map_leaves(lambda leaf, n=number: leaf[n], outputs), number)
+        self._check_alone(tree.map_leaves(lambda leaf: leaf.flatten(0, 1), outputs), 0)
 
-    def _check_alone(self, outputs: Any, number: int) -> None:
-        """Raise if a sample has other outputs alone than in its batch."""
+    def _check_alone(self, outputs: Any, first: int) -> None:
+        """Raise if samples from the one numbered ``first`` on have other outputs alone than in their batch."""
         for alone, together in zip(tree.leaves(outputs), tree.leaves(self.outputs), strict=True):
             if isinstance(together, torch.Tensor) and together.is_floating_point():
-                expected = self._rows(together, number, number + 1)
+                each = together.shape[0] // self.num_samples
+                expected = together[first * each : first * each + len(alone)]
+                if alone.shape != expected.shape:
+                    raise self._coupled(first)
                 allowed = torch.finfo(together.dtype).eps ** 0.5 * together.abs().max()
-                if alone.shape != expected.shape or not bool((alone.detach() - expected).abs().max() <= allowed):
-                    raise self._coupled(number)
+                same = ((alone.detach() - expected).abs() <= allowed).reshape(len(alone) // each, -1).all(1)
+                if not bool(same.all()):
+                    raise self._coupled(first + int(same.int().argmin()))
 
     def _coupled(self, number: int) -> ValueError:
         return ValueError(

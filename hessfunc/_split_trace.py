@@ -12,8 +12,9 @@ from hessfunc import tree
 from hessfunc._batched import checked_point
 from hessfunc._checks import check_count, check_finite, check_generator
 from hessfunc._chunks import chunk_length
+from hessfunc._data import Batches
 from hessfunc._estimate import Estimate
-from hessfunc._exact_diagonal import ggn_diagonal
+from hessfunc._exact_diagonal import exact_diagonal
 from hessfunc._fisher import checked_loss
 from hessfunc._gauss_newton import Criterion, ModelFn, ggn
 from hessfunc._hessian import hessian
@@ -21,6 +22,7 @@ from hessfunc._operators import Operator
 from hessfunc._probes import signs
 from hessfunc._samples import Samples
 from hessfunc._stopping import Stopping
+from hessfunc._straight import straight
 from hessfunc._trace import probed
 from hessfunc._typing import Batch, Params, Tensor
 
@@ -58,20 +60,21 @@ def split_trace(
     Formula: ``tr H = tr G + tr(H - G)`` with the Gauss-Newton matrix ``G``. The first is computed from gradients of
     samples ([`ggn_diagonal`][hessfunc.ggn_diagonal]). ``H - G`` is the curvature of the model, weighted by how far off
     it is; its block on a parameter tensor in which the model is piecewise linear is zero, as are all blocks with ReLU
-    or max-pooling and BatchNorm in eval mode. A look at the blocks tells: one vector of random signs for each leaf in
-    turn, until ``|E (H - G) v|``, with ``E`` the projector onto the leaf, exceeds 100 times the epsilon of the dtype
-    times ``|H v|``. If none does, ``tr G`` is the trace of ``H`` as well, with a standard error at the level of
-    rounding that the look has seen. Otherwise, and for leaves in less than float32, probes estimate ``tr(H - G)``
-    ([`hutchinson`][hessfunc.hutchinson] with ``plus``), to tolerances for the sum.
+    or max-pooling and BatchNorm in eval mode. A look at the blocks tells, with random signs ``v`` on each leaf in turn
+    and ``E`` the projector onto it. Reverse over reverse on the outputs alone, weighted by random signs, gives a zero
+    in each entry of the block's product where the model is piecewise linear. Where it does not, ``|E (H - G) v|`` has
+    to stay below 100 times the epsilon of the dtype times ``|H v|``. If that holds for all blocks, ``tr G`` is the
+    trace of ``H`` as well, with a standard error at the level of rounding that the look has seen. Otherwise, and for
+    leaves in less than float32, probes estimate ``tr(H - G)`` ([`hutchinson`][hessfunc.hutchinson] with ``plus``), to
+    tolerances for the sum.
 
     The first leaf is looked at on all of the data, the others on the first two samples: what lies downstream of the
     first leaf shows in its block, and whether a leaf enters twice, or into products with itself, does not depend on the
     sample.
 
-    Cost: that of ``ggn_diagonal``; for the look a product with ``H`` and with ``G`` for each leaf, one pair of them on
-    the data and the others on two samples, and no more where curvature shows; then two products per probe, which take
-    about 1.7 times as long as one with ``H`` alone. ``num_matvecs`` counts products with ``H`` and with ``G`` on the
-    data.
+    Cost: that of ``ggn_diagonal``; for the look a product on the data and one for each leaf on two samples, with ``H``
+    and ``G`` besides where a block is not zero, and no more where curvature shows; then two products per probe, which
+    take about 1.7 times as long as one with ``H`` alone. ``num_matvecs`` counts products on the data.
 
     Args:
         model_fn: ``model_fn(params, *inputs) -> outputs``, as from [`functionalize`][hessfunc.functionalize].
@@ -114,7 +117,7 @@ def split_trace(
         >>> generator = torch.Generator().manual_seed(0)
         >>> trace = hf.split_trace(call, criterion, params, batch, rtol=0.01, generator=generator)
         >>> bool(trace.stderr < 1e-4 * trace.value), trace.num_matvecs
-        (True, 2)
+        (True, 1)
     """
     stopping = Stopping.of(num_probes, rtol, atol, confidence, max_probes)
     check_generator(generator)
@@ -136,8 +139,8 @@ def split_trace(
             f"max_outputs={max_outputs} for each of its {some.num_samples} samples; use hessfunc.hutchinson on "
             "hessfunc.hessian, or raise max_outputs."
         )
-    exact = ggn_diagonal(model_fn, criterion, params, data, **weighting).trace
-    ratios, spent = _look(some, data, weighting, generator)
+    exact = exact_diagonal(model_fn, criterion, params, batches).trace
+    ratios, spent = _look(some, batches, weighting, generator)
     exact = replace(exact, num_matvecs=spent)
     if ratios is not None:
         return _rounded(exact, ratios)
@@ -154,26 +157,43 @@ def split_trace(
     return replace(estimate, num_matvecs=2 * estimate.num_matvecs - spent)
 
 
-def _look(some: Samples, data: Any, weighting: dict[str, Any], generator: torch.Generator) -> tuple[Tensor | None, int]:
+def _look(
+    some: Samples, batches: Batches, weighting: dict[str, Any], generator: torch.Generator
+) -> tuple[Tensor | None, int]:
     """``|E (H - G) v| / |E G v|`` for each leaf if all of these are rounding, else ``None``; and products spent."""
     layout = tree.Layout.of(some.params)
     if min(torch.finfo(dtype).bits for dtype in layout.dtypes) < 32:
         return None, 0  # rounding would hide what there is
     ratios = torch.zeros(len(layout.sizes), dtype=torch.float64, device="cpu")
-    # Too few products to pay for tracing them
-    way: dict[str, Any] = {"linearize": False, "check": False}
-    few = (some.first(FEW_SAMPLES), {"reduction": weighting["reduction"]})
-    for leaves, (batches, weights) in (([0], (data, weighting)), (list(range(1, len(ratios))), few)):
-        H = hessian(some.loss, some.params, batches, **weights, **way)
-        G = ggn(some.model_fn, some.criterion, some.params, batches, **weights, **way)
+    few, spent = some.first(FEW_SAMPLES), 1
+
+    def curved(batch: tuple[Any, ...], leaves: list[int]) -> list[int]:
+        likelihood = some.likelihood(batch)
+        found = straight(lambda params: likelihood(params).outputs, some.params, leaves, generator)
+        return [leaf for leaf, so in zip(leaves, found, strict=True) if not so]
+
+    def rounding(data: Any, weights: dict[str, Any], leaves: list[int]) -> bool:
+        # Too few products to pay for tracing them
+        way: dict[str, Any] = {"linearize": False, "check": False}
+        H = hessian(some.loss, some.params, data, **weights, **way)
+        G = ggn(some.model_fn, some.criterion, some.params, data, **weights, **way)
         chunk = chunk_length(H, None)
         for start in range(0, len(leaves), chunk):
             part = leaves[start : start + chunk]
             found = _ratios(H, G, part, generator)
             if found is None:
-                return None, 2
+                return False
             ratios[part] = found
-    return ratios, 2
+        return True
+
+    if any(curved(batch, [0]) for batch, _ in batches):
+        spent += 2
+        if not rounding(batches.data, weighting, [0]):
+            return None, spent
+    others = curved(few, list(range(1, len(ratios))))
+    if others and not rounding(few, {"reduction": weighting["reduction"]}, others):
+        return None, spent
+    return ratios, spent
 
 
 def _ratios(H: Operator, G: Operator, leaves: Sequence[int], generator: torch.Generator) -> Tensor | None:

@@ -28,6 +28,7 @@ LAYERS = {
         *("_batched", "_hessian"),
         *("_witness", "_fingerprint", "_soundness"),
         *("_likelihood", "_gauss_newton", "_linear_factors", "_samples", "_fisher", "_positions", "_hierarchy"),
+        "_straight",
     ],
     "kernels": ["_lanczos", "_power"],
     "estimators": [
