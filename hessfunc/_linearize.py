@@ -24,10 +24,14 @@ from hessfunc._recorder import NotRecordableError, Recording, record, select_res
 from hessfunc._shadows import ShadowError
 from hessfunc._simplify import simplify
 from hessfunc._steps import needed
+from hessfunc._thrift import thrifty
 from hessfunc._typing import Tensor
 
 _SMALL = 1 << 14
 """Mean number of entries of an operation's result below which memory comes from the heap as fast as it can."""
+
+_WORTH = 1 << 20
+"""Bytes of residuals from which on it is worth while to hold fewer."""
 
 _SCRATCH = 2
 """Times the memory of the results that operations need, for their own purposes and for gaps between blocks."""
@@ -72,8 +76,9 @@ def _garbage_left_for_later() -> Iterator[None]:
 class Linearized:
     """``function(*primals, tangent)``, linear in its last argument, as programs traced from one run.
 
-    The primal program ``(*primals) -> residuals`` holds all operations that the tangent has no part in; the tangent
-    program ``(*primals, *residuals, tangent) -> result`` the others. One evaluation of the first serves any number of
+    The primal program ``(*primals) -> residuals`` holds the operations that the tangent has no part in; the tangent
+    program ``(*primals, *residuals, tangent) -> result`` the others, and those whose results take more to hold than to
+    work out again. One evaluation of the first serves any number of
     tangents, and both serve all primals of the shapes traced.
 
     A third program ``(*primals, tangent) -> result`` does all in one, in the order of the run, and holds the least.
@@ -91,7 +96,6 @@ class Linearized:
         eps: rounding unit of the coarsest dtype that it computes with.
         convolves: whether there are convolutions among the operations.
         constants: tensors that the function closes over.
-        residual_bytes: memory that residuals take.
         checked: the ways of replaying it that were compared with the function: ``True`` for all in one program.
     """
 
@@ -131,11 +135,14 @@ class Linearized:
         self._recording = recording
         self._body = _body(recording)
         self._moving = _moving(recording)
-        self._residuals = _residuals(recording, self._moving)
         self._computes_result = recording.outputs[0] in self._moving
         self._compile = compile
         self.checked: set[bool] = set()
-        self.residual_bytes = Memory(recording).total(self._residuals)
+
+    @cached_property
+    def residual_bytes(self) -> int:
+        """Memory that residuals take."""
+        return Memory(self._recording).total(self._residuals)
 
     def take_result(self) -> Tensor:
         """What the traced run itself returned; it is not held any longer."""
@@ -178,32 +185,51 @@ class Linearized:
     def _heap(self) -> Any:
         if self._device.type != "cpu" or self.mean_elements < _SMALL:
             return None
+        outputs = self._recording.outputs
+        peak = Memory(self._recording).peak(self._tangent_inputs, needed(self._tangent_body, outputs), outputs)
+        return keep_heap(_SCRATCH * peak)
+
+    @cached_property
+    def _split(self) -> tuple[list[Node], list[Node]]:
+        """Residuals, and the operations of the tangent program."""
+        moving = [node for node in self._body if node in self._moving]
+        residuals = _residuals(self._recording, self._moving)
+        if Memory(self._recording).total(residuals) < _WORTH:
+            return residuals, moving
+        return thrifty(self._recording, self._still, moving, residuals)
+
+    @property
+    def _still(self) -> list[Node]:
+        return [node for node in self._body if node not in self._moving]
+
+    @property
+    def _residuals(self) -> list[Node]:
+        return self._split[0]
+
+    @property
+    def _tangent_body(self) -> list[Node]:
+        return self._split[1]
+
+    @property
+    def _tangent_inputs(self) -> list[Node]:
         *primals, tangent = self._recording.inputs
-        steps = needed([node for node in self._body if node in self._moving], self._recording.outputs)
-        inputs = [*primals, *self._residuals, tangent]
-        return keep_heap(_SCRATCH * Memory(self._recording).peak(inputs, steps, self._recording.outputs))
+        return [*primals, *self._residuals, tangent]
 
     @cached_property
     def _primal(self) -> Program:
-        still = [node for node in self._body if node not in self._moving]
         inputs = self._recording.inputs[:-1]
-        return program(self._recording, inputs, needed(still, self._residuals), self._residuals)
+        return program(self._recording, inputs, needed(self._still, self._residuals), self._residuals)
 
     @cached_property
     def _tangent(self) -> Program:
-        *primals, tangent = self._recording.inputs
-        moving = [node for node in self._body if node in self._moving]
-        inputs, outputs = [*primals, *self._residuals, tangent], self._recording.outputs
+        inputs, body, outputs = self._tangent_inputs, self._tangent_body, self._recording.outputs
         if self._compile:  # a compiler places results itself
-            return torch.compile(program(self._recording, inputs, needed(moving, outputs), outputs), dynamic=False)
-        return least_program(self._recording, inputs, moving)
+            return torch.compile(program(self._recording, inputs, needed(body, outputs), outputs), dynamic=False)
+        return least_program(self._recording, inputs, body)
 
     @cached_property
     def _into(self) -> Program | None:
-        *primals, tangent = self._recording.inputs
-        moving = [node for node in self._body if node in self._moving]
-        inputs = [*primals, *self._residuals, tangent]
-        return None if self._compile else program_into(self._recording, inputs, moving)
+        return None if self._compile else program_into(self._recording, self._tangent_inputs, self._tangent_body)
 
     @cached_property
     def _joint(self) -> Program:

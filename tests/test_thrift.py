@@ -1,0 +1,160 @@
+"""Fewer residuals: the same numbers to the last bit, in less memory."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import F64, relative_error, seeded
+from torch import nn
+
+import hessfunc as hf
+from hessfunc import _linearize, _thrift, tree
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=seeded(seed), dtype=F64)
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.wide, self.narrow = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.before(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return (x + self.narrow(F.gelu(self.wide(self.after(x))))).flatten(1)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.other = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        return self.last(F.relu(x + self.other(self.second(x))).mean((2, 3)))
+
+
+class Writing(nn.Module):
+    """Memory that is written to after it was read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        offset = x.new_zeros(16)
+        before = offset + 1
+        offset.add_(2)
+        return self.last(torch.tanh(self.first(x) * before) * offset)
+
+
+NETWORKS = {
+    "relu": (
+        lambda: nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)),
+        (6, 4),
+    ),
+    "silu": (
+        lambda: nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)),
+        (6, 4),
+    ),
+    "transformer": (Transformer, (3, 5, 8)),
+    "residual": (Residual, (4, 2, 6, 6)),
+    "writing": (Writing, (6, 4)),
+}
+
+
+def problem(name):
+    build, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    loss, params = hf.module_loss(build().double(), nn.CrossEntropyLoss())
+    return loss, params, (randn(*shape), torch.arange(shape[0]) % 3)
+
+
+def operator(monkeypatch, name, *, thrift, **options):
+    """An operator with or without, its program, and two products."""
+    monkeypatch.setattr(_linearize, "_WORTH", 0 if thrift else math.inf)
+    monkeypatch.setattr(_thrift, "_CALL", 0)
+    made = []
+    init = _linearize.Linearized.__init__
+
+    def noted(self, *arguments, **keywords):
+        made.append(self)
+        init(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_linearize.Linearized, "__init__", noted)
+        loss, params, batch = problem(name)
+        H = hf.hessian(loss, params, batch, **options)
+        v = randn(H.size, seed=1)
+        H.vector(v)
+        return (
+            made[-1],
+            H.vector(v),
+            relative_error(H.vector(v), flat(hf.hvp(loss, params, H.layout.unravel(v), *batch))),
+        )
+
+
+def flat(params):
+    return torch.cat([leaf.reshape(-1) for leaf in tree.leaves(params)])
+
+
+@pytest.mark.parametrize("product", [hf.hvp, hf.hvp_reverse_over_forward])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_same_product_from_fewer_residuals(monkeypatch, name, product):
+    plain, expected, _ = operator(monkeypatch, name, thrift=False, product=product)
+    thrifty, found, error = operator(monkeypatch, name, thrift=True, product=product)
+    assert torch.equal(found, expected)
+    assert error < 1e-12
+    assert thrifty.residual_bytes <= plain.residual_bytes
+    if product is hf.hvp and name in ("relu", "transformer", "residual"):
+        assert thrifty.residual_bytes < 0.8 * plain.residual_bytes
+
+
+@pytest.mark.parametrize("name", ["transformer", "residual"])
+def test_several_vectors_and_batches(monkeypatch, name):
+    for module, what, value in ((_linearize, "_WORTH", 0), (_thrift, "_CALL", 0)):
+        monkeypatch.setattr(module, what, value)
+    loss, params, (x, y) = problem(name)
+    data = [(x[:2], y[:2]), (x[2:], y[2:])]
+    H = hf.hessian(loss, params, data)
+    rows = randn(9, H.size, seed=1)
+    eager = hf.hessian(loss, params, data, linearize=False).rows(rows)
+    for _ in range(2):
+        assert relative_error(H.rows(rows), eager) < 1e-12
+        assert relative_error(torch.func.vmap(H.vector)(rows), eager) < 1e-12
+
+
+def test_small_residuals_are_left_as_they_are(monkeypatch):
+    loss, params, batch = problem("relu")
+    monkeypatch.setattr(_linearize, "thrifty", None)
+    H = hf.hessian(loss, params, batch)
+    v = randn(H.size)
+    assert relative_error(H.vector(v), H.vector(v)) == 0
+
+
+def capacity(edges, side):
+    return sum(weight for tail, head, weight in edges if side[tail] and not side[head])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_cut_is_less(seed):
+    rng = np.random.default_rng(seed)
+    inner = 8
+    pairs = [(a, b) for a, b in itertools.permutations(range(inner), 2) if rng.random() < 0.3]
+    edges = [(a, b, int(rng.integers(1, 9))) for a, b in pairs]
+    edges += [(inner, a, int(rng.integers(1, 9))) for a in range(inner) if rng.random() < 0.5]
+    edges += [(a, inner + 1, int(rng.integers(1, 9))) for a in range(inner) if rng.random() < 0.5]
+    found = _thrift._source_side(edges, inner, inner + 1)
+    assert found[inner]
+    assert not found[inner + 1]
+    least = min(capacity(edges, [*side, True, False]) for side in itertools.product([False, True], repeat=inner))
+    assert capacity(edges, found) == least
