@@ -28,6 +28,20 @@ class Term:
     scale: float
 
 
+@dataclass(frozen=True)
+class Plan:
+    """``factor * (start + sum of rest)``, and how many operations that takes.
+
+    Of the rest, ``joined`` are products of matrices that are added by what computes them.
+    """
+
+    start: Term
+    rest: list[Term]
+    joined: list[Term]
+    factor: Node | Factor | None
+    operations: int
+
+
 TOO_LARGE = object()
 """In place of a product of factors that has more entries than either."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from hessfunc._factors import TOO_LARGE, Factor, Term, combined
+from hessfunc._factors import TOO_LARGE, Factor, Plan, Term, combined
 from hessfunc._recorder import Recording
 from hessfunc._simplify import VIEWS, is_layout_free, merge_storage
 from hessfunc._zeros import zeros
@@ -96,10 +97,32 @@ class _Rewriter:
         first = min(map(self._position.__getitem__, tree), default=-1)
         if any(self._last_write.get(self._recording.storage[term.base], -1) > first for term in terms):
             return  # read before a write, it may not be read later
+        plans = [plan for plan in (self._plan(terms, tree, root), self._factored_out(terms, tree, root)) if plan]
+        if not plans:
+            return
+        plan = min(plans[::-1], key=lambda plan: plan.operations)  # one factor for all is read once
+        own = self._is_own_memory(plan.start, tree) and plan.start.scale == 1
+        if plan.operations > len(tree) or (plan.operations == len(tree) and not own):
+            return
+        values = self._recording.values
+        with self._graph.inserting_before(root):
+            result, fresh = self._first(plan.start, own)
+            values.setdefault(result, values[root])
+            for term in sorted(plan.rest, key=lambda term: term in plan.joined):
+                result = self._accumulated(result, term, in_place=fresh, joined=fresh and term in plan.joined)
+                values[result] = values[root]
+                fresh = True
+            if plan.factor is not None:
+                result = self._graph.call_function(_aten.mul.Tensor, (result, self._made_of(plan.factor)))
+                values[result] = values[root]
+        self._replace(root, result, tree)
+
+    def _plan(self, terms: list[Term], tree: set[Node], root: Node) -> Plan | None:
+        """Where to start the sum, and how many operations it takes; None where no term has the shape of the result."""
         shape = self._shape(root)
         whole = [term for term in terms if self._term_shape(term) == shape]
         if not whole:
-            return
+            return None
         # Best is the view of a product, which cannot be joined to what comes before it; then a product.
         start = min(
             whole,
@@ -110,18 +133,22 @@ class _Rewriter:
         )
         rest = [term for term in terms if term is not start]
         joined = [term for term in rest if self._is_own_product(term, tree) and self._shape(term.base) == shape]
-        own = self._is_own_memory(start, tree) and start.scale == 1
-        needed = len(rest) - len(joined) + (start.factor is not None or start.scale != 1)
-        if needed > len(tree) or (needed == len(tree) and not own):
-            return
-        with self._graph.inserting_before(root):
-            result, fresh = self._first(start, own)
-            self._recording.values.setdefault(result, self._recording.values[root])
-            for term in sorted(rest, key=lambda term: term in joined):
-                result = self._accumulated(result, term, in_place=fresh, joined=fresh and term in joined)
-                self._recording.values[result] = self._recording.values[root]
-                fresh = True
-        self._replace(root, result, tree)
+        operations = len(rest) - len(joined) + (start.factor is not None or start.scale != 1)
+        return Plan(start, rest, joined, None, operations)
+
+    def _factored_out(self, terms: list[Term], tree: set[Node], root: Node) -> Plan | None:
+        """The same where all terms have one factor: their sum times it, into which products can be joined."""
+        factor = terms[0].factor
+        if factor is None or len(terms) < 2 or any(term.factor != factor for term in terms):
+            return None
+        plan = self._plan([replace(term, factor=None) for term in terms], tree, root)
+        if plan is None:
+            return None
+        scale = plan.start.scale
+        rest = [replace(term, scale=term.scale / scale) for term in plan.rest]
+        joined = [other for term, other in zip(plan.rest, rest, strict=True) if term in plan.joined]
+        factor = factor if scale == 1 else self._scaled(factor, scale)
+        return Plan(replace(plan.start, scale=1.0), rest, joined, factor, len(rest) - len(joined) + 1)
 
     def _terms(self, node: Node, factor: Any, scale: float, tree: set[Node], root: Node) -> list[Term]:
         inner = node is root or (len(node.users) == 1 and node not in self._outputs)

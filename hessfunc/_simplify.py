@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from hessfunc._recorder import Recording, Value
+from hessfunc._steps import needed
 
 _aten = torch.ops.aten
 
@@ -38,11 +39,22 @@ def simplify(recording: Recording) -> None:
         touched = [node, *node.all_input_nodes]
         if node.op != "call_function" or any(recording.storage.get(n) in written for n in touched):
             continue
-        same = _same(recording, node)
+        same = _same(recording, node, layout_free)
         if same is None:
             same = seen.setdefault(_key(node), node)
         if same is not node:
             _replace(recording, node, same)
+    _drop_unneeded(recording)
+
+
+def _drop_unneeded(recording: Recording) -> None:
+    """Let users that nothing needs not stand in the way of what else is rewritten."""
+    body = [node for node in recording.graph.nodes if node.op == "call_function"]
+    kept = set(needed(body, recording.outputs))
+    for node in reversed(body):
+        if node not in kept:
+            recording.graph.erase_node(node)
+            recording.storage.pop(node, None)
 
 
 def is_layout_free(recording: Recording) -> bool:
@@ -85,16 +97,19 @@ def _take_views_by_shape(recording: Recording) -> None:
             node.target = _aten.reshape.default
 
 
-def _same(recording: Recording, node: Node) -> Node | None:
+def _same(recording: Recording, node: Node, layout_free: bool) -> Node | None:
     """The argument that this operation returns as it is, or None."""
     arguments: tuple[Any, ...] = node.args
     if node.target in _SAME:
         return node.all_input_nodes[0]
     if node.target in _TURNS and arguments[0].target is node.target and arguments[0].args[1:] == arguments[1:]:
         return arguments[0].args[0]
-    values = recording.values
-    unchanged = node.target in _MAYBE_SAME and node in values and values.get(arguments[0]) == values[node]
-    return arguments[0] if unchanged else None
+    known, value = recording.values.get(arguments[0]) if arguments else None, recording.values.get(node)
+    if node.target not in _MAYBE_SAME or known is None or value is None:
+        return None
+    if layout_free:
+        known, value = known._replace(strides=()), value._replace(strides=())
+    return arguments[0] if known == value else None
 
 
 def _drop_tangent_copies(recording: Recording, layout_free: bool) -> None:

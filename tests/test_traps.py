@@ -803,12 +803,13 @@ def test_autocast_around_a_call_counts_for_that_call(first):
     with torch.autocast("cpu", torch.bfloat16):
         lower = eager(v)
     whole = eager(v)
-    assert relative_error(lower, whole) > 1e-4
+    apart = relative_error(lower, whole)
+    assert apart > 1e-4
     H = hf.hessian(loss, params, batch)
     for around in (first == "with", first != "with", first == "with"):
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16, enabled=around):
-                assert relative_error(H(v), lower if around else whole) < (3e-3 if around else 1e-5)
+                assert relative_error(H(v), lower if around else whole) < (0.8 * apart if around else 1e-5)
 
 
 def test_mixed_dtypes():
