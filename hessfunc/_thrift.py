@@ -33,7 +33,7 @@ _LONGER = {
 }
 """Entry by entry as well, with more to do for each."""
 
-_PASS, _LONG_PASS = 0.2, 0.6
+_PASS, _LONG_PASS = 0.2, 1.5
 """What it counts to go over a byte in each product, where to hold one counts 1."""
 
 _CALL = 1 << 17
