@@ -147,18 +147,17 @@ def summed(
 
     def terms() -> Iterator[Term]:
         seen = Fingerprint()
-        looking = sound is not None and not torch.compiler.is_compiling()
         for position, (batch, weight) in enumerate(batches):
             arguments = batch if extend is None else extend(position, batch)
             held = batches.holds(arguments, position)
             way: dict[str, Any] = {"batch": arguments, "position": position, "keep": batches.stable, "held": held}
-            if sound is not None and looking:
+            if sound is not None:
                 if position == 0:
                     sound.of_batch(batch, arguments, partial(traced.rows, **way), partial(traced.prepare, **way))
                 if not batches.stable:
                     seen.add(batch)
             yield Term(partial(_finite, traced, name, **way), weight, batches.divisor(position, weight))
-        if sound is not None and looking and not batches.stable:
+        if sound is not None and not batches.stable:
             sound.of_pass(seen)
 
     @torch.no_grad()

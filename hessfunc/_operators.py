@@ -226,7 +226,15 @@ def as_operator(matvec: Matvec | Tensor, like: Params | None = None) -> Operator
 
 def _applied(array: Tensor, rows: Rows) -> Tensor:
     # The rules for transforms take longer to look up than a small network's product takes.
-    return _Product.forward(array, rows) if is_plain(array) else _Product.apply(array, rows)
+    if is_plain(array):
+        return _Product.forward(array, rows)
+    return _as_it_is(array, rows) if torch.compiler.is_compiling() else _Product.apply(array, rows)
+
+
+@torch.compiler.disable
+def _as_it_is(array: Tensor, rows: Rows) -> Tensor:
+    """A compiler around it does not look into a product, which has its own programs and memory of what it did."""
+    return _applied(array, rows)
 
 
 class _Product(torch.autograd.Function):
