@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,6 @@ class _Recorder(TorchDispatchMode):
         self._shadows = Shadows() if on_shadows else None
         self.recording = Recording()
         self._nodes = WeakTensorKeyDictionary()
-        self._kinds: dict[Any, _Kind] = {}
 
     def add_input(self, tensor: Tensor, name: str) -> None:
         node = self.recording.graph.placeholder(name)
@@ -115,7 +115,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        kind = self._kinds.get(func) or self._kinds.setdefault(func, _Kind.of(func))
+        kind = _Kind.of(func)
         if kind.decides or (kind.dynamic and not _picks_by_number(func, args)):
             raise NotRecordableError(f"the values of a tensor decide on shapes or on the way taken ({func})")
         result = self._shadows.run(func, args, kwargs) if self._shadows else func(*args, **kwargs)
@@ -204,6 +204,7 @@ class _Kind(NamedTuple):
     written: tuple[str, ...]
 
     @classmethod
+    @cache
     def of(cls, func: Any) -> _Kind:
         schema, tags = func._schema, func.tags
         unsafe = schema.name in _UNSAFE

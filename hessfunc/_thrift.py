@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -83,8 +83,12 @@ class _Costs:
         memory = Memory(recording)
         self.block, self.outside = memory.block, memory.outside
         self._size = memory.size
-        storages = {storage for _, storage in recording.mutations}
-        self._written = {memory.block[node] for node, storage in recording.storage.items() if storage in storages}
+        position = {node: i for i, node in enumerate(recording.graph.nodes)}
+        self._position = position
+        self._last_write: dict[Hashable, int] = {}
+        for writer, storage in recording.mutations:
+            for block in {memory.block[node] for node, other in recording.storage.items() if other == storage}:
+                self._last_write[block] = max(position[writer], self._last_write.get(block, 0))
         self._results = set(recording.outputs)
 
     def of(self, node: Node) -> tuple[int, int]:
@@ -98,7 +102,9 @@ class _Costs:
         hold = size // _UNIT + 1
         arguments = {self.block[argument] for argument in node.all_input_nodes}
         known = node.target in _EACH_ENTRY or node.target in _LONGER
-        if not known or node in self._results or self._written & {block, *arguments}:
+        # An argument that is written to later is no longer there.
+        read = all(self._last_write.get(other, -1) < self._position[node] for other in arguments)
+        if not known or node in self._results or block in self._last_write or not read:
             return hold, _NEVER
         if block in arguments:
             return _NEVER, 0  # what it is a view of is held
