@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ _CALL = 1 << 17
 _UNIT = 1 << 8
 _NEVER = 1 << 30
 
+_MOST = 12
+"""Operations to repeat for one value."""
+
 _NEAR = 16
 """Operations between two uses of a value that is not given up in between."""
 
@@ -71,6 +74,7 @@ def thrifty(
     repeated = {node for node, i in number.items() if not early[2 * i]}
     # Another shape of what is held takes no memory, and not to make it saves a call.
     held |= {node for node in repeated if costs.block[node] in blocks}
+    held |= _ends_of_long_ways([node for node in primal if node in repeated - held])
     body = _with_repeated(needed(moving, recording.outputs), repeated - held)
     used = {argument for node in body for argument in node.all_input_nodes} | set(recording.outputs)
     return [node for node in primal if node in held and node in used], body
@@ -83,12 +87,11 @@ class _Costs:
         memory = Memory(recording)
         self.block, self.outside = memory.block, memory.outside
         self._size = memory.size
-        position = {node: i for i, node in enumerate(recording.graph.nodes)}
-        self._position = position
-        self._last_write: dict[Hashable, int] = {}
+        self._position = {node: i for i, node in enumerate(recording.graph.nodes)}
+        writes: dict[int, int] = {}
         for writer, storage in recording.mutations:
-            for block in {memory.block[node] for node, other in recording.storage.items() if other == storage}:
-                self._last_write[block] = max(position[writer], self._last_write.get(block, 0))
+            writes[storage] = max(self._position[writer], writes.get(storage, 0))
+        self._last_write = {memory.block[n]: writes[s] for n, s in recording.storage.items() if s in writes}
         self._results = set(recording.outputs)
 
     def of(self, node: Node) -> tuple[int, int]:
@@ -121,6 +124,19 @@ def _source_side(edges: list[tuple[int, int, int]], source: int, sink: int) -> n
     side = np.zeros(sink + 1, dtype=bool)
     side[breadth_first_order(left, source, return_predecessors=False)] = True
     return side
+
+
+def _ends_of_long_ways(repeated: Sequence[Node]) -> set[Node]:
+    """Where to hold what would take many operations: the next state of a recurrence, which comes from all before it."""
+    ends: set[Node] = set()
+    ways: dict[Node, set[Node]] = {}
+    for node in repeated:
+        way = {node}.union(*(ways.get(argument, ()) for argument in node.all_input_nodes))
+        if len(way) > _MOST:
+            ends.add(node)
+        else:
+            ways[node] = way
+    return ends
 
 
 def _with_repeated(moving: Sequence[Node], repeated: set[Node]) -> list[Node]:
