@@ -55,7 +55,7 @@ def hessian(
             per batch and pass (see ``hessfunc/_linearize.py``). The loss must then not depend on anything that changes
             between products besides its arguments. What cannot be traced runs without, after a ``ProductWarning``.
         memory_budget: bytes to spend on what does not depend on the vector, so that it is not evaluated anew for each:
-            two to four times the memory of a gradient for each batch. Batches that it has room for keep theirs from
+            one to three times the memory of a gradient for each batch. Batches that it has room for keep theirs from
             pass to pass; those of a DataLoader share theirs between the vectors of one pass. Without room a product
             runs as one program that frees each value at its last use, which takes less memory than double backprop and
             about 1.5 times as long; 0 asks for that throughout, from the first product on. The default keeps a quarter
