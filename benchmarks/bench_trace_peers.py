@@ -5,11 +5,11 @@ at the cost of the products, and the library finds the number of probes by itsel
 told how many probes of Hutchinson's estimator they need, from the variance of the reference run; their Hutch++ and
 XTrace the smallest number of products of a ladder whose root-mean-square error over four seeds is below the target. A
 user knows neither. "split" is the trace of the Gauss-Newton matrix from gradients of samples, which is that of the
-Hessian in piecewise-linear networks; its products are with either matrix, and do not count those gradients. "apart"
-gives each sequence of the language model's batch probes of its own (``per_batch``), which no peer offers; PyHessian
-called in a loop over the sequences does so too and is shown, with as many probes as it needs, but not compared with.
-PyHessian is also shown with its own stopping rule. "traced before" starts from an operator that has made a product, as
-matfree's rows do from compiled code. Answers have to lie within four standard errors of the reference.
+Hessian in piecewise-linear networks; its products are those that look whether it is one, and do not count those
+gradients. "apart" gives each sequence of the language model's batch probes of its own (``per_batch``), which no peer
+offers; PyHessian called in a loop over the sequences does so too and is shown, with as many probes as it needs, but not
+compared with. PyHessian is also shown with its own stopping rule. "traced before" starts from an operator that has made
+a product, as matfree's rows do from compiled code. Answers have to lie within four standard errors of the reference.
 Checks of the products are off in the libraries that have them.
 
     python benchmarks/bench_trace_peers.py --out results

@@ -12,15 +12,12 @@ from hessfunc._memory import Memory
 from hessfunc._placed import least_program
 from hessfunc._program import Program
 from hessfunc._recorder import Recording
-from hessfunc._steps import needed
+from hessfunc._steps import NEAR, needed
 
 _aten = torch.ops.aten
 
 _MASKS = {_aten.threshold_backward.default, _aten.leaky_relu_backward.default, _aten.hardtanh_backward.default}
 """To compute these again costs less than memory for them."""
-
-_NEAR = 16
-"""Operations between two uses of a value that is not given up in between."""
 
 _SMALL = 64
 """Bytes that may be held for nothing."""
@@ -60,6 +57,6 @@ def _repeated(recording: Recording, body: Sequence[Node], moving: set[Node]) -> 
         large = [memory.block[n] for n in sources if memory.size[memory.block[n]] > _SMALL]
         users = sorted(position[user] for user in node.users if user in position)
         for before, after in pairwise([position[node], *users]):
-            if after - before > _NEAR and all(last[block] + _NEAR >= after for block in large):
+            if after - before > NEAR and all(last[block] + NEAR >= after for block in large):
                 again.setdefault(body[after], []).append(node)
     return again

@@ -17,10 +17,11 @@ from hessfunc._channels_last import in_channels_last
 from hessfunc._heap import keep_heap
 from hessfunc._joint import joint_program
 from hessfunc._memory import Memory
+from hessfunc._parts import body_of, moving_nodes, residual_nodes
 from hessfunc._placed import least_program, program_into
 from hessfunc._program import Program, program
 from hessfunc._reassociate import reassociate
-from hessfunc._recorder import NotRecordableError, Recording, record, select_result
+from hessfunc._recorder import NotRecordableError, record
 from hessfunc._shadows import ShadowError
 from hessfunc._simplify import simplify
 from hessfunc._steps import needed
@@ -78,8 +79,8 @@ class Linearized:
 
     The primal program ``(*primals) -> residuals`` holds the operations that the tangent has no part in; the tangent
     program ``(*primals, *residuals, tangent) -> result`` the others, and those whose results take more to hold than to
-    work out again. One evaluation of the first serves any number of
-    tangents, and both serve all primals of the shapes traced.
+    work out again. One evaluation of the first serves any number of tangents, and both serve all primals of the shapes
+    traced.
 
     A third program ``(*primals, tangent) -> result`` does all in one, in the order of the run, and holds the least.
     Each is written when it is called for the first time.
@@ -122,7 +123,7 @@ class Linearized:
         self._result = None if on_shadows else outputs[0]
         self.random = tuple(recording.random)
         self.mean_elements = sum(recording.elements) / max(len(recording.elements), 1)
-        self.convolves = any("convolution" in str(node.target) for node in _body(recording))
+        self.convolves = any("convolution" in str(node.target) for node in body_of(recording))
         dtypes = {value.dtype for value in recording.values.values() if value.dtype.is_floating_point}
         self.eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         self.constants = list(recording.constants.values())
@@ -133,8 +134,8 @@ class Linearized:
             recording.quick = not compile  # a compiler chooses by itself what to call
         self._device = tangent.device
         self._recording = recording
-        self._body = _body(recording)
-        self._moving = _moving(recording)
+        self._body = body_of(recording)
+        self._moving = moving_nodes(recording)
         self._computes_result = recording.outputs[0] in self._moving
         self._compile = compile
         self.checked: set[bool] = set()
@@ -193,7 +194,7 @@ class Linearized:
     def _split(self) -> tuple[list[Node], list[Node]]:
         """Residuals, and the operations of the tangent program."""
         moving = [node for node in self._body if node in self._moving]
-        residuals = _residuals(self._recording, self._moving)
+        residuals = residual_nodes(self._recording, self._moving)
         if Memory(self._recording).total(residuals) < _WORTH:
             return residuals, moving
         return thrifty(self._recording, self._still, moving, residuals)
@@ -266,47 +267,3 @@ def replayed(
             return None
     program.checked.add(residuals is None)
     return result
-
-
-def _body(recording: Recording) -> list[Node]:
-    return [node for node in recording.graph.nodes if node.op == "call_function"]
-
-
-def _moving(recording: Recording) -> set[Node]:
-    """Nodes to be evaluated anew for each tangent.
-
-    Those that depend on it, and where memory is written in place, whatever must not be shared between tangents.
-    """
-    body = _body(recording)
-    position = {node: i for i, node in enumerate(body)}
-    moving = {recording.inputs[-1]}
-    fixed = set(recording.inputs[:-1]) | {n for n in recording.graph.nodes if n.op == "get_attr"}
-    views: dict[int, list[Node]] = {}
-    for node, storage in recording.storage.items():
-        views.setdefault(storage, []).append(node)
-    while True:
-        size = len(moving)
-        for node in body:
-            if any(argument in moving for argument in node.all_input_nodes):
-                moving.add(node)
-        for writer, storage in recording.mutations:
-            group = views[storage]
-            if fixed.intersection(group):
-                raise NotRecordableError(f"{writer.target} writes into a parameter, the batch or a captured tensor")
-            read_before = any(
-                user in moving and position[user] < position[writer] for node in group for user in node.users
-            )
-            if writer in moving or read_before:
-                moving.update(group)
-                moving.add(writer)
-        if len(moving) == size:
-            return moving - {recording.inputs[-1]}
-
-
-def _residuals(recording: Recording, moving: set[Node]) -> list[Node]:
-    body = needed(_body(recording), recording.outputs)
-    served = moving.intersection(body)
-    still = [node for node in body if node not in moving]
-    wanted = [node for node in still if served.intersection(node.users) or node in recording.outputs]
-    # A tuple of results cannot be handed over; its parts can.
-    return [node for node in wanted if not any(user.target is select_result for user in node.users)]

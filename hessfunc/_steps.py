@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
+NEAR = 16
+"""Operations between two uses of a value that is not given up in between."""
+
 
 def needed(body: Sequence[Node], outputs: Sequence[Node]) -> list[Node]:
     """The operations that results depend on, and those that write to memory."""

@@ -19,8 +19,9 @@ def straight(
     """Whether ``E (d2 (u . f)) E v`` is zero in all entries, with ``E`` the projector onto each of these leaves.
 
     ``u`` and ``v`` are random signs. Reverse over reverse forms no term of this product where ``f`` has no curvature,
-    so that nothing is left to cancel, and what is not zero can still be rounding. An operation that torch does not
-    differentiate twice in this order counts as curved.
+    so that nothing is left to cancel, and what is not zero can still be rounding. What torch does not differentiate
+    twice in this order counts as curved, and so does every ``torch.autograd.Function``: the backward pass of one that
+    is ``once_differentiable`` passes for a constant.
 
     Cost: a gradient that is kept to be differentiated, and for each leaf a backward pass through it.
     """

@@ -13,7 +13,7 @@ from torch.fx import Node
 from hessfunc._memory import Memory
 from hessfunc._recorder import Recording, select_result
 from hessfunc._simplify import VIEWS
-from hessfunc._steps import needed
+from hessfunc._steps import NEAR, needed
 
 _aten, _prims = torch.ops.aten, torch.ops.prims
 
@@ -44,9 +44,6 @@ _NEVER = 1 << 30
 
 _MOST = 12
 """Operations to repeat for one value."""
-
-_NEAR = 16
-"""Operations between two uses of a value that is not given up in between."""
 
 
 def thrifty(
@@ -145,7 +142,7 @@ def _with_repeated(moving: Sequence[Node], repeated: set[Node]) -> list[Node]:
     body: list[Node] = []
 
     def bring(node: Node) -> None:
-        if node in repeated and (node not in last or len(body) - last[node] > _NEAR):
+        if node in repeated and (node not in last or len(body) - last[node] > NEAR):
             for argument in node.all_input_nodes:
                 bring(argument)
             body.append(node)
