@@ -15,7 +15,6 @@ from torch.fx import Node
 from hessfunc._agreement import Summary
 from hessfunc._channels_last import in_channels_last
 from hessfunc._heap import keep_heap
-from hessfunc._joint import joint_program
 from hessfunc._memory import Memory
 from hessfunc._parts import body_of, moving_nodes, residual_nodes
 from hessfunc._placed import least_program, program_into
@@ -24,15 +23,14 @@ from hessfunc._reassociate import reassociate
 from hessfunc._recorder import NotRecordableError, record
 from hessfunc._shadows import ShadowError
 from hessfunc._simplify import simplify
+from hessfunc._slopes import known_slopes
+from hessfunc._softmax import one_softmax
 from hessfunc._steps import needed
-from hessfunc._thrift import thrifty
+from hessfunc._thrift import lowered, thrifty
 from hessfunc._typing import Tensor
 
 _SMALL = 1 << 14
 """Mean number of entries of an operation's result below which memory comes from the heap as fast as it can."""
-
-_WORTH = 1 << 20
-"""Bytes of residuals from which on it is worth while to hold fewer."""
 
 _SCRATCH = 2
 """Times the memory of the results that operations need, for their own purposes and for gaps between blocks."""
@@ -129,7 +127,9 @@ class Linearized:
         self.constants = list(recording.constants.values())
         if rewrite:
             simplify(recording)
+            one_softmax(recording)
             reassociate(recording)
+            known_slopes(recording)
             in_channels_last(recording)
             recording.quick = not compile  # a compiler chooses by itself what to call
         self._device = tangent.device
@@ -193,11 +193,11 @@ class Linearized:
     @cached_property
     def _split(self) -> tuple[list[Node], list[Node]]:
         """Residuals, and the operations of the tangent program."""
+        *primals, tangent = self._recording.inputs
         moving = [node for node in self._body if node in self._moving]
         residuals = residual_nodes(self._recording, self._moving)
-        if Memory(self._recording).total(residuals) < _WORTH:
-            return residuals, moving
-        return thrifty(self._recording, self._still, moving, residuals)
+        residuals, body = thrifty(self._recording, self._still, moving, residuals)
+        return residuals, body if self._compile else lowered(self._recording, [*primals, *residuals, tangent], body)
 
     @property
     def _still(self) -> list[Node]:
@@ -234,7 +234,10 @@ class Linearized:
 
     @cached_property
     def _joint(self) -> Program:
-        return joint_program(self._recording, self._body, self._moving)
+        # Forward mode computes each value next to its tangent, and what both need dies with the later of the two.
+        inputs = self._recording.inputs
+        body = lowered(self._recording, inputs, self._body, lean=True)
+        return least_program(self._recording, inputs, body, lean=True)
 
 
 def replayed(

@@ -53,14 +53,20 @@ class Memory:
 
     def peak(self, inputs: Sequence[Node], steps: Sequence[Node], outputs: Sequence[Node]) -> int:
         """Most bytes alive at once beside inputs and constants, if the steps are done in this order."""
+        return max(self.course(inputs, steps, outputs), default=0)
+
+    def course(self, inputs: Sequence[Node], steps: Sequence[Node], outputs: Sequence[Node]) -> list[int]:
+        """Bytes alive in each step beside inputs and constants."""
         outside = self.outside | {self.block[node] for node in inputs}
         holders: Counter[Hashable] = Counter()
-        alive = peak = 0
+        alive = 0
+        most: list[int] = []
         for step, dead in zip(steps, dying(steps, outputs), strict=True):
             for node, change in ((step, 1), *((node, -1) for node in dead)):
                 block = self.block[node]
                 before, holders[block] = holders[block], holders[block] + change
                 if block not in outside and bool(before) != bool(holders[block]):
                     alive += change * self.size[block]
-                peak = max(peak, alive)
-        return peak
+                if node is step and change == 1:
+                    most.append(alive)
+        return most

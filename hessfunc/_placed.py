@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,26 +24,18 @@ _WORTH = 1 << 19
 """Bytes to be saved: a small network's time is spent on the number of operations."""
 
 
-def least_program(
-    recording: Recording,
-    inputs: Sequence[Node],
-    body: Sequence[Node],
-    again: Mapping[Node, Sequence[Node]] | None = None,
-    *,
-    lean: bool = False,
-) -> Program:
+def least_program(recording: Recording, inputs: Sequence[Node], body: Sequence[Node], *, lean: bool = False) -> Program:
     """``(*inputs) -> results`` by way of those operations of ``body`` that are needed, in little memory.
 
     A product joined from its parts exists twice at the end. With its memory set aside before it exists once, and along
     with all that is alive earlier. Which is less is told by the sizes.
 
-    ``again`` has operations to repeat right before another one; ``lean`` saves memory at the cost of time as well.
+    ``lean`` saves memory at the cost of time as well.
     """
-    body = needed(body, recording.outputs)
-    steps = _steps(body, recording.outputs, again or {})
-    placed = _Placed.of(recording, body)
+    steps = needed(body, recording.outputs)
+    placed = _Placed.of(recording, steps)
     if placed is not None:
-        others = _steps(placed.body, placed.outputs, again or {})
+        others = needed(placed.body, placed.outputs)
         memory = Memory(recording)
         if memory.peak(inputs, others, placed.outputs) + _WORTH <= memory.peak(inputs, steps, recording.outputs):
             return program(recording, inputs, others, placed.outputs, lean=lean)
@@ -55,11 +47,7 @@ def program_into(recording: Recording, inputs: Sequence[Node], body: Sequence[No
     placed = _Placed.of(recording, needed(body, recording.outputs), into=True)
     if placed is None:
         return None
-    return program(recording, [*inputs, placed.whole], _steps(placed.body, placed.outputs, {}), placed.outputs)
-
-
-def _steps(body: Sequence[Node], outputs: Sequence[Node], again: Mapping[Node, Sequence[Node]]) -> list[Node]:
-    return [step for node in needed(body, outputs) for step in (*again.get(node, ()), node)]
+    return program(recording, [*inputs, placed.whole], needed(placed.body, placed.outputs), placed.outputs)
 
 
 class _Placed:

@@ -9,22 +9,16 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from hessfunc._elementwise import ADD, DIVIDE, MASKS, MULTIPLY, SLOPES
 from hessfunc._factors import TOO_LARGE, Factor, Plan, Term, combined
 from hessfunc._recorder import Recording
 from hessfunc._simplify import VIEWS, is_layout_free, merge_storage
 from hessfunc._zeros import zeros
 
-_aten, _prims = torch.ops.aten, torch.ops.prims
+_aten = torch.ops.aten
 
-_MULTIPLY = {_aten.mul.Tensor, _aten.mul.Scalar, _prims.mul.default}
-_DIVIDE = {_aten.div.Tensor, _aten.div.Scalar}
-_ADD = {_aten.add.Tensor: 1.0, _prims.add.default: 1.0, _aten.sub.Tensor: -1.0, _prims.sub.default: -1.0}
-_ACTIVATION = {
-    *(_aten.gelu_backward.default, _aten.threshold_backward.default, _aten.silu_backward.default),
-    *(_aten.tanh_backward.default, _aten.sigmoid_backward.default, _aten.elu_backward.default),
-    *(_aten.leaky_relu_backward.default, _aten.softplus_backward.default, _aten.hardtanh_backward.default),
-}
-"""Elementwise and linear in the first argument."""
+_LARGE = 1 << 14
+"""Mean number of entries of an operation's result from which on masks are worked out each time, and not held."""
 
 _PRODUCT = {_aten.mm.default: _aten.addmm_.default, _aten.bmm.default: _aten.baddbmm_.default}
 """Products of matrices, and what adds one to a matrix in place."""
@@ -61,6 +55,8 @@ class _Rewriter:
                 self._moving.add(node)
         self._zeros = zeros(recording)
         self._made: dict[Factor, Node] = {}
+        held = sum(recording.elements) < _LARGE * len(recording.elements)
+        self._slopes = SLOPES | MASKS if held else SLOPES
 
     def roots(self) -> list[Node]:
         """Where the trees end, in the order of execution."""
@@ -77,14 +73,14 @@ class _Rewriter:
         if node not in self._moving or not self._plain(node) or len(node.args) < 2:
             return node.target is _aten.neg.default and node in self._moving and self._plain(node)
         first, second = node.args[:2]
-        if node.target in _ADD:
+        if node.target in ADD:
             added = [a for a in (first, second) if a not in self._zeros]
             return all(isinstance(a, Node) and a in self._moving and self._alike(a, node) for a in added)
-        if node.target in _MULTIPLY:
+        if node.target in MULTIPLY:
             return self._one_moves(first, second, node) or self._one_moves(second, first, node)
-        if node.target in _DIVIDE:
+        if node.target in DIVIDE:
             return self._one_moves(first, second, node)
-        if node.target in _ACTIVATION:
+        if node.target in self._slopes:
             others = [a for a in node.args[1:] if isinstance(a, Node)]
             fixed = [a for a in others if a not in self._moving and self._alike(a, node) and self._plain(a)]
             return bool(fixed) and len(fixed) == len(others) and isinstance(first, Node) and self._alike(first, node)
@@ -158,23 +154,25 @@ class _Rewriter:
         first, second = arguments[:2]
         keywords: dict[str, Any] = node.kwargs
         branches: list[tuple[Node, Any, float]] = []
-        if node.target in _ADD:
-            sign = _ADD[node.target] * keywords.get("alpha", 1)
+        if node.target in ADD:
+            sign = ADD[node.target] * keywords.get("alpha", 1)
             branches = [(first, factor, scale), (second, factor, scale * sign)]
             branches = [branch for branch in branches if branch[0] not in self._zeros]
         elif node.target is _aten.neg.default:
             branches = [(first, factor, -scale)]
-        elif node.target in _ACTIVATION:
-            one = Factor(_aten.new_ones.default, (second, ()), (), torch.Size())
-            ones = Factor(_aten.expand.default, (one, tuple(self._shape(second))), (), self._shape(second))
-            slope = Factor(node.target, (ones, *node.args[1:]), tuple(sorted(keywords.items())), self._shape(second))
+        elif node.target in self._slopes:
+            place = next(argument for argument in node.args[1:] if isinstance(argument, Node))
+            shape = self._shape(place)
+            one = Factor(_aten.new_ones.default, (place, ()), (), torch.Size())
+            ones = Factor(_aten.expand.default, (one, tuple(shape)), (), shape)
+            slope = Factor(node.target, (ones, *node.args[1:]), tuple(sorted(keywords.items())), shape)
             branches = [(first, self._times(factor, slope), scale)]
         else:
             moving, fixed = (first, second) if first in self._moving else (second, first)
             if not isinstance(fixed, Node):
-                branches = [(moving, factor, scale / fixed if node.target in _DIVIDE else scale * fixed)]
+                branches = [(moving, factor, scale / fixed if node.target in DIVIDE else scale * fixed)]
             else:
-                if node.target in _DIVIDE:
+                if node.target in DIVIDE:
                     fixed = Factor(_aten.reciprocal.default, (fixed,), (), self._shape(fixed))
                 branches = [(moving, self._times(factor, fixed), scale)]
         if any(new is TOO_LARGE for _, new, _ in branches):

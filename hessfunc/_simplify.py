@@ -44,10 +44,10 @@ def simplify(recording: Recording) -> None:
             same = seen.setdefault(_key(node), node)
         if same is not node:
             _replace(recording, node, same)
-    _drop_unneeded(recording)
+    drop_unneeded(recording)
 
 
-def _drop_unneeded(recording: Recording) -> None:
+def drop_unneeded(recording: Recording) -> None:
     """Let users that nothing needs not stand in the way of what else is rewritten."""
     body = [node for node in recording.graph.nodes if node.op == "call_function"]
     kept = set(needed(body, recording.outputs))

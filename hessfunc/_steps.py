@@ -13,11 +13,13 @@ NEAR = 16
 def needed(body: Sequence[Node], outputs: Sequence[Node]) -> list[Node]:
     """The operations that results depend on, and those that write to memory."""
     wanted = set(outputs)
+    found: list[Node] = []
     for node in reversed(body):
         if node in wanted or is_write(node):
-            wanted.add(node)
+            found.append(node)
+            wanted.discard(node)  # what comes before it is not what is wanted
             wanted.update(node.all_input_nodes)
-    return [node for node in body if node in wanted]
+    return found[::-1]
 
 
 def is_write(node: Node) -> bool:

@@ -1,19 +1,17 @@
 """What a program writes over: only memory of its own that nothing reads any more."""
 
 import pytest
+import random_programs
 import torch
 from helpers import CASES as MODELS
 from helpers import case
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from random_programs import TANGENT, A, B
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hessfunc as hf
 from hessfunc._linearize import Linearized
 from hessfunc._recorder import _Kind
-
-A, B = (torch.randn(4, 4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2))
-TANGENT = torch.randn(4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 # The function, and how many of its operations may write over their first argument. Products of matrices keep factors
 # from being gathered.
@@ -88,42 +86,10 @@ def test_programs_that_are_not_rewritten_do_what_was_recorded():
     assert writes.count == 0
 
 
-UNARY = {
-    "sin": torch.sin,
-    "turned": torch.t,
-    "another shape": lambda x: x.reshape(2, 8).reshape(4, 4),
-    "one row for all": lambda x: x[:1].expand(4, 4),
-    "upper and lower part": lambda x: torch.cat([x[2:], x[:2]]),
-    "a number": lambda x: x * -0.5,
-    "divided": lambda x: x / 3.0,
-    "multiplied": lambda x: x @ B,
-    "split": lambda x: torch.cat(x.split(1)[::-1]),
-    "written to": lambda x: x.clone().mul_(B),
-}
-BINARY = {
-    "times": torch.mul,
-    "plus": torch.add,
-    "minus": lambda x, y: torch.sub(x, y, alpha=0.5),
-    "matrix product": torch.mm,
-    "row": lambda x, y: x * y[:1],
-    "column": lambda x, y: x - y[:, :1],
-}
-places = st.integers(0, 99)
-steps = st.one_of(
-    st.tuples(st.sampled_from(sorted(UNARY)), places), st.tuples(st.sampled_from(sorted(BINARY)), places, places)
-)
-
-
-@given(st.lists(steps, min_size=3, max_size=14), st.sets(places, min_size=1, max_size=3))
+@given(random_programs.lines(14), random_programs.results)
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 def test_whatever_the_program_is_its_result_is_the_functions(lines, results):
-    def function(a, t):
-        values = [a, t, B, (t @ a).cos()]
-        for name, *chosen in lines:
-            operation = UNARY.get(name) or BINARY[name]
-            values.append(operation(*(values[i % len(values)] for i in chosen)))
-        return sum((values[i % len(values)] for i in sorted(results)), values[-1])
-
+    function = random_programs.function(lines, results)
     given, captured = (A.clone(), TANGENT.clone()), B.clone()
     expected = function(*given)
     program = Linearized(function, given[:1], given[1])

@@ -20,9 +20,9 @@ LAYERS = {
     "checks and probes": ["_checks", "_probes", "_room", "_heap"],
     "torch put right": [
         *("_decompositions", "_explain", "_compat", "_shadows", "_recorder", "_simplify", "_zeros"),
-        *("_factors", "_reassociate", "_channels_last", "_onednn"),
-        *("_steps", "_memory", "_in_place", "_bindings", "_program", "_placed", "_joint", "_agreement", "_parts"),
-        *("_thrift", "_linearize"),
+        *("_elementwise", "_factors", "_softmax", "_reassociate", "_slopes", "_channels_last", "_onednn"),
+        *("_steps", "_memory", "_in_place", "_bindings", "_program", "_placed", "_agreement", "_parts"),
+        *("_repeating", "_cut", "_thrift", "_linearize"),
     ],
     "products and operators": [
         *("_products", "_rules", "_kept", "_trial", "_traced", "_module", "_restrict", "_data", "_terms", "_operators"),

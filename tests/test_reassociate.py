@@ -3,7 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import F64, relative_error, seeded
+from torch import nn
 
+import hessfunc as hf
 from hessfunc._linearize import Linearized
 from hessfunc._parts import moving_nodes
 from hessfunc._reassociate import reassociate
@@ -118,3 +121,24 @@ def test_a_layer_takes_fewer_operations(generator):
     program = Linearized(product, [weight], torch.ones_like(tangent))
     replayed = program.apply([weight], program.residuals([weight]), tangent)
     torch.testing.assert_close(replayed, product(weight, tangent), rtol=1e-12, atol=1e-13)
+
+
+ACTIVATIONS = [
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish),
+    *(nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh),
+    nn.Tanhshrink,
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("budget", [None, 0])
+def test_all_activations_of_torch(activation, budget):
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 8), activation(), nn.Linear(8, 8), activation(), nn.Linear(8, 3)]
+    loss, params = hf.module_loss(nn.Sequential(*layers).double(), nn.CrossEntropyLoss())
+    batch = (torch.randn(6, 4, generator=seeded(0), dtype=F64), torch.arange(6) % 3)
+    H = hf.hessian(loss, params, batch, memory_budget=budget)
+    v = torch.randn(H.size, generator=seeded(1), dtype=F64)
+    expected = hf.hvp_double_backward(loss, params, H.layout.unravel(v), *batch)
+    for _ in range(2):
+        assert relative_error(H.layout.unravel(H.vector(v)), expected) < 1e-12

@@ -5,13 +5,19 @@ import math
 
 import numpy as np
 import pytest
+import random_programs
 import torch
 import torch.nn.functional as F
 from helpers import F64, relative_error, seeded
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import hessfunc as hf
-from hessfunc import _linearize, _thrift, tree
+from hessfunc import _cut, _linearize, _reassociate, _thrift, tree
+from hessfunc._linearize import Linearized
+from hessfunc._memory import Memory
+from hessfunc._steps import needed
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -81,7 +87,7 @@ def problem(name):
 
 def operator(monkeypatch, name, *, thrift, **options):
     """The program of an operator with or without it, a product by way of it, and the error of that."""
-    monkeypatch.setattr(_linearize, "_WORTH", 0 if thrift else math.inf)
+    monkeypatch.setattr(_thrift, "_WORTH", 0 if thrift else math.inf)
     monkeypatch.setattr(_thrift, "_CALL", 0)
     made = []
     init = _linearize.Linearized.__init__
@@ -118,7 +124,7 @@ def test_the_same_product_from_fewer_residuals(monkeypatch, name, product):
 
 @pytest.mark.parametrize("name", ["transformer", "residual"])
 def test_several_vectors_and_batches(monkeypatch, name):
-    for module, what, value in ((_linearize, "_WORTH", 0), (_thrift, "_CALL", 0)):
+    for module, what, value in ((_thrift, "_WORTH", 0), (_thrift, "_CALL", 0)):
         monkeypatch.setattr(module, what, value)
     loss, params, (x, y) = problem(name)
     data = [(x[:2], y[:2]), (x[2:], y[2:])]
@@ -130,9 +136,56 @@ def test_several_vectors_and_batches(monkeypatch, name):
         assert relative_error(torch.func.vmap(H.vector)(rows), eager) < 1e-12
 
 
+@pytest.mark.parametrize("budget", [None, 0])
+@pytest.mark.parametrize("product", [hf.hvp, hf.hvp_reverse_over_forward])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_same_product_with_less_alive(monkeypatch, name, product, budget):
+    peaks = {}
+    for rounds in (0, 8):
+        monkeypatch.setattr(_thrift, "_ROUNDS", rounds)
+        program, found, error = operator(monkeypatch, name, thrift=True, product=product, memory_budget=budget)
+        peaks[rounds] = peak(program, all_in_one=budget == 0), found
+        assert error < 1e-12
+    assert torch.equal(peaks[0][1], peaks[8][1])
+    assert peaks[8][0] <= peaks[0][0]
+    if product is hf.hvp and budget == 0 and name in ("transformer", "residual"):
+        assert peaks[8][0] < 0.95 * peaks[0][0]
+
+
+@given(random_programs.lines(30), random_programs.results, st.integers(0, 3), st.sampled_from([0, 1 << 14]))
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_whatever_the_program_is_its_result_is_the_functions(lines, results, near, large):
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in (
+            *((_thrift, "_WORTH", 0), (_thrift, "_LESS", 1.0), (_thrift, "_TIMES", 1)),
+            *((_thrift, "_CALL", 0), (_cut, "NEAR", near), (_reassociate, "_LARGE", large)),
+        ):
+            patch.setattr(module, name, value)
+        function = random_programs.function(lines, results)
+        given = random_programs.A.clone(), random_programs.TANGENT.clone()
+        expected = function(*given)
+        if not expected.isfinite().all():
+            return
+        program = Linearized(function, given[:1], given[1])
+        residuals = program.residuals(given[:1])
+        for _ in range(2):
+            for result in (program.apply(given[:1], residuals, given[1]), program.apply_once(given[:1], given[1])):
+                torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max() + 1))
+        assert torch.equal(given[0], random_programs.A)
+        assert torch.equal(given[1], random_programs.TANGENT)
+
+
+def peak(program, *, all_in_one):
+    recording = program._recording
+    inputs, body = program._tangent_inputs, program._tangent_body
+    if all_in_one:
+        inputs, body = recording.inputs, _thrift.lowered(recording, recording.inputs, program._body)
+    return Memory(recording).peak(inputs, needed(body, recording.outputs), recording.outputs)
+
+
 def test_small_residuals_are_left_as_they_are(monkeypatch):
     loss, params, batch = problem("relu")
-    monkeypatch.setattr(_linearize, "thrifty", None)
+    monkeypatch.setattr(_thrift, "least_cut", None)
     H = hf.hessian(loss, params, batch)
     v = randn(H.size)
     for _ in range(2):
@@ -151,7 +204,7 @@ def test_no_cut_is_less(seed):
     edges = [(a, b, int(rng.integers(1, 9))) for a, b in pairs]
     edges += [(inner, a, int(rng.integers(1, 9))) for a in range(inner) if rng.random() < 0.5]
     edges += [(a, inner + 1, int(rng.integers(1, 9))) for a in range(inner) if rng.random() < 0.5]
-    found = _thrift._source_side(edges, inner, inner + 1)
+    found = _cut._source_side(edges, inner, inner + 1)
     assert found[inner]
     assert not found[inner + 1]
     least = min(capacity(edges, [*side, True, False]) for side in itertools.product([False, True], repeat=inner))

@@ -1,0 +1,101 @@
+"""Which values to hold between two parts of a program, and which to work out again in the second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+from torch.fx import Node
+
+from hessfunc._recorder import select_result
+from hessfunc._repeating import NEVER, Costs
+from hessfunc._steps import NEAR
+
+_MOST = 12
+"""Operations to repeat for one value."""
+
+
+def least_cut(early: Sequence[Node], wanted: Iterable[Node], costs: Costs) -> tuple[set[Node], set[Node]]:
+    """Of the operations done ``early`` those whose results are held, and those repeated, for what is ``wanted`` later.
+
+    The results held are a cut of the graph of operations, the one of least capacity (as in the partitioner of
+    AOTAutograd), where to hold a value counts its bytes and to work it out again a share of them.
+    """
+    if not early:
+        return set(), set()
+    number = {node: i for i, node in enumerate(early)}
+    source, sink = 2 * len(early), 2 * len(early) + 1
+    wanted, overwritten = set(wanted), costs.overwritten(early)
+    edges: list[tuple[int, int, int]] = []
+    for node, i in number.items():
+        hold, again = costs.of(node, wanted=node in wanted)
+        hold = NEVER if node in overwritten else hold
+        edges += [(2 * i, 2 * i + 1, hold), (source, 2 * i, again)]
+        edges += [(2 * number[argument] + 1, 2 * i, NEVER) for argument in {*node.all_input_nodes} & number.keys()]
+    edges += [(2 * number[node] + 1, sink, NEVER) for node in wanted]
+    side = _source_side(edges, source, sink)
+    if side is None:
+        return wanted, set()
+    held = {node for node, i in number.items() if side[2 * i] and not side[2 * i + 1]}
+    blocks = {costs.block[node] for node in held} | costs.outside
+    repeated = {node for node, i in number.items() if not side[2 * i]}
+    # Another shape of what is held takes no memory, and not to make it saves a call.
+    held |= {node for node in repeated if costs.block[node] in blocks}
+    held |= _ends_of_long_ways([node for node in early if node in repeated - held], overwritten)
+    return held, repeated - held
+
+
+def _source_side(edges: list[tuple[int, int, int]], source: int, sink: int) -> np.ndarray | None:
+    """Which vertices lie on the source's side of a cut of least capacity; None if there is no cut."""
+    tails, heads, capacities = np.array(edges, dtype=np.int32).T
+    graph = csr_array((capacities, (tails, heads)), shape=(sink + 1, sink + 1))
+    flow = maximum_flow(graph, source, sink)
+    if not 0 <= flow.flow_value < NEVER:
+        return None
+    left = graph - flow.flow
+    left.eliminate_zeros()
+    side = np.zeros(sink + 1, dtype=bool)
+    side[breadth_first_order(left, source, return_predecessors=False)] = True
+    return side
+
+
+def _ends_of_long_ways(repeated: Sequence[Node], overwritten: set[Node]) -> set[Node]:
+    """Where to hold what would take many operations: the next state of a recurrence, which comes from all before it."""
+    ends: set[Node] = set()
+    ways: dict[Node, set[Node]] = {}
+    for node in repeated:
+        way = {node}.union(*(ways.get(argument, ()) for argument in node.all_input_nodes))
+        if len(way) > _MOST and node not in overwritten and not _is_tuple(node):
+            ends.add(node)
+        else:
+            ways[node] = way
+    return ends
+
+
+def _is_tuple(node: Node) -> bool:
+    return any(user.target is select_result for user in node.users)
+
+
+def with_repeated(done: Sequence[Node], steps: Sequence[Node], repeated: set[Node]) -> list[Node]:
+    """All these steps, with those to be repeated right before what needs them, unless they were just there."""
+    last: dict[Node, int] = {}
+    for i, node in enumerate(done):
+        last |= dict.fromkeys((node, *node.all_input_nodes), i)
+    body = list(done)
+
+    def bring(node: Node) -> None:
+        if node in repeated and (node not in last or len(body) - last[node] > NEAR):
+            add(node)
+        last[node] = len(body)
+
+    def add(node: Node) -> None:
+        for argument in node.all_input_nodes:
+            bring(argument)
+        body.append(node)
+
+    for node in steps:
+        if node not in repeated:  # else it is there for something else, and comes when it is needed
+            add(node)
+    return body
