@@ -137,7 +137,7 @@ class Linearized:
         self._body = body_of(recording)
         self._moving = moving_nodes(recording)
         self._computes_result = recording.outputs[0] in self._moving
-        self._compile = compile
+        self._compile, self._rewrite = compile, rewrite
         self.checked: set[bool] = set()
 
     @cached_property
@@ -196,6 +196,8 @@ class Linearized:
         *primals, tangent = self._recording.inputs
         moving = [node for node in self._body if node in self._moving]
         residuals = residual_nodes(self._recording, self._moving)
+        if not self._rewrite:
+            return residuals, moving
         residuals, body = thrifty(self._recording, self._still, moving, residuals)
         return residuals, body if self._compile else lowered(self._recording, [*primals, *residuals, tangent], body)
 
@@ -235,8 +237,8 @@ class Linearized:
     @cached_property
     def _joint(self) -> Program:
         # Forward mode computes each value next to its tangent, and what both need dies with the later of the two.
-        inputs = self._recording.inputs
-        body = lowered(self._recording, inputs, self._body, lean=True)
+        inputs, body = self._recording.inputs, self._body
+        body = lowered(self._recording, inputs, body, lean=True) if self._rewrite else body
         return least_program(self._recording, inputs, body, lean=True)
 
 

@@ -28,8 +28,8 @@ def known_slopes(recording: Recording) -> None:
         (tangent, *_) = node.args
         if slope is None or slope is node or not isinstance(tangent, Node) or _is_of_ones(node):
             continue
-        if position[slope] > position[node]:
-            for moved in (*_made_of(slope), slope):
+        for moved in (*_made_of(slope), slope):
+            if position[moved] > position[node]:
                 node.prepend(moved)
                 position[moved] = position[node]
         with recording.graph.inserting_before(node):

@@ -199,7 +199,7 @@ class TracedProduct:
         """A program, as a rule compared with the function, and the product with ``rows`` if it was made."""
         num, primals = rows.shape[0], trial.primals
         if self._unseen and trial.rule.lighter is not None:
-            with contextlib.suppress(NotRecordableError, RuntimeError):  # what it is shows below, where all runs
+            with contextlib.suppress(Exception):  # what it is shows below, where all runs
                 program = trial.unseen(rows)
                 if not program.random:
                     result = self._apply(program, trial, rows, way, None)
@@ -207,6 +207,7 @@ class TracedProduct:
                     return program, result
         probe = partial(trial.probe, num) if self._frugal else lambda: rows
         reason = "the replayed product differs from the eager one"
+        unexpected: Exception | None = None
         for on_shadows, rewrite in self._attempts(trial.rule):
             options = {"on_shadows": on_shadows, "rewrite": rewrite, "compile": self._compile}
             try:
@@ -216,6 +217,13 @@ class TracedProduct:
                 if on_shadows and trial.rule.vmappable and isinstance(error, ShadowError):
                     continue
                 break
+            except NotImplementedError:
+                raise
+            except Exception as error:  # the loss's own, which then comes again, or of a fault in rewriting
+                if not rewrite:
+                    raise
+                unexpected = error
+                continue
             if program.random:
                 trial.check_repeats(program, probe)
                 reason = "the loss draws random numbers"
@@ -223,11 +231,15 @@ class TracedProduct:
             try:
                 residuals = self._source(program, trial, way)
                 result = replayed(trial.function, primals, probe, program, eager, residuals)
-            except RuntimeError:
+            except Exception as error:
                 if not rewrite:
                     raise
+                # A few operations do not take tensors that lie in memory in another order.
+                unexpected = unexpected if isinstance(error, RuntimeError) else error
                 continue
             if result is not None:
+                if unexpected is not None and not rewrite:
+                    _warn_of_fault(unexpected)
                 self._programs.traced[signature, num] = program
                 return program, None if self._frugal else result  # as all products after it
         self._give_up(reason)
@@ -269,3 +281,12 @@ class TracedProduct:
 
     def _run_eagerly(self, trial: Trial, rows: Tensor) -> Tensor:
         return torch.cat([trial.rows(piece) for piece in rows.split(self._max_lanes or MAX_LANES)])
+
+
+def _warn_of_fault(error: Exception) -> None:
+    warnings.warn(
+        f"the product is traced, and not rewritten to do less ({type(error).__name__}: {error}), which is slower and "
+        "otherwise the same. That is a fault of hessfunc: please report it with the loss.",
+        ProductWarning,
+        stacklevel=2,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import warnings
 import weakref
 from collections import Counter
@@ -10,10 +11,11 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import F64, case, seeded
 from torch import nn
 
 import hessfunc as hf
-from hessfunc import _traced, _trial
+from hessfunc import _linearize, _traced, _trial
 from hessfunc._linearize import Linearized
 from hessfunc._recorder import NotRecordableError, record
 from hessfunc._traced import PATIENCE
@@ -553,3 +555,33 @@ class TestWithoutChecks:
         H = hf.hessian(lambda p: (p.abs() ** 0.5).sum(), torch.zeros(3), check=False)
         with pytest.raises(hf.NonFiniteError):
             H.vector(torch.ones(3))
+
+
+def raising(*_, **__):
+    raise KeyError("a node")
+
+
+@pytest.mark.parametrize("stage", ["reassociate", "thrifty", "lowered"])
+@pytest.mark.parametrize("budget", [None, 0])
+def test_a_fault_in_rewriting_costs_time_and_is_told(monkeypatch, stage, budget):
+    loss, params, batch = case("mlp tanh")[:3]
+    expected, found = [], []
+    for results in (expected, found):
+        H = hf.hessian(loss, params, batch, memory_budget=budget)
+        v = torch.randn(H.size, generator=seeded(1), dtype=F64)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", hf.ProductWarning)
+            results += [H.vector(v), H.vector(v)]
+        monkeypatch.setattr(_linearize, stage, raising)
+    assert all(relative(one, expected[0]) < 1e-12 for one in found)
+    assert [w.category for w in caught] == [hf.ProductWarning]
+    assert all(re.search("not rewritten to do less.*KeyError.*please report", str(w.message)) for w in caught)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError])
+def test_errors_of_the_loss_come_as_they_are(error):
+    def loss(_w, _x):
+        raise error("no such thing")
+
+    with pytest.raises(error, match="no such thing"):
+        hf.hessian(loss, torch.ones(3), (torch.ones(1),), check=False).vector(torch.ones(3))

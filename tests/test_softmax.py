@@ -124,3 +124,16 @@ def test_a_slope_that_is_taken_once_is_taken_with_its_tangent():
     program = Linearized(function, [x], t)
     assert torch.equal(program.apply([x], program.residuals([x]), t), function(x, t))
     assert sum("gelu_backward" in str(node.target) for node in program._moving) == 1
+
+
+def test_slopes_of_one_place_come_before_all_that_needs_them():
+    def function(x, t):
+        y = t @ x
+        one = aten.gelu_backward(y.sin(), x, approximate="tanh") + aten.gelu_backward(y.cos(), x) * y
+        two = aten.gelu_backward(one.sin(), x)
+        return two.exp() + aten.gelu_backward(two.sin(), x) * x + aten.gelu_backward(two, x, approximate="tanh") * 2
+
+    x, t = randn(4, 4), randn(4, 4, seed=1)
+    program = Linearized(function, [x], t)
+    assert relative_error(program.apply([x], program.residuals([x]), t), function(x, t)) < 1e-12
+    assert relative_error(program.apply_once([x], t), function(x, t)) < 1e-12

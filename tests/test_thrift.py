@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hessfunc as hf
-from hessfunc import _cut, _linearize, _reassociate, _thrift, tree
+from hessfunc import _cut, _linearize, _reassociate, _repeating, _thrift, tree
 from hessfunc._linearize import Linearized
 from hessfunc._memory import Memory
 from hessfunc._steps import needed
@@ -209,6 +209,14 @@ def test_no_cut_is_less(seed):
     assert not found[inner + 1]
     least = min(capacity(edges, [*side, True, False]) for side in itertools.product([False, True], repeat=inner))
     assert capacity(edges, found) == least
+
+
+def test_where_there_is_no_cut_all_that_is_wanted_is_held(monkeypatch):
+    monkeypatch.setattr(_repeating.Costs, "of", lambda *_, **__: (_repeating.NEVER, _repeating.NEVER))
+    plain, expected, _ = operator(monkeypatch, "transformer", thrift=False)
+    thrifty, found, _ = operator(monkeypatch, "transformer", thrift=True)
+    assert torch.equal(found, expected)
+    assert thrifty.residual_bytes == plain.residual_bytes
 
 
 class Recurrent(nn.Module):
