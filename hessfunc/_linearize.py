@@ -143,7 +143,7 @@ class Linearized:
     @cached_property
     def residual_bytes(self) -> int:
         """Memory that residuals take."""
-        return Memory(self._recording).total(self._residuals)
+        return self._memory.total(self._residuals)
 
     def take_result(self) -> Tensor:
         """What the traced run itself returned; it is not held any longer."""
@@ -187,8 +187,12 @@ class Linearized:
         if self._device.type != "cpu" or self.mean_elements < _SMALL:
             return None
         outputs = self._recording.outputs
-        peak = Memory(self._recording).peak(self._tangent_inputs, needed(self._tangent_body, outputs), outputs)
+        peak = self._memory.peak(self._tangent_inputs, needed(self._tangent_body, outputs), outputs)
         return keep_heap(_SCRATCH * peak)
+
+    @cached_property
+    def _memory(self) -> Memory:
+        return Memory(self._recording)
 
     @cached_property
     def _split(self) -> tuple[list[Node], list[Node]]:
@@ -198,8 +202,9 @@ class Linearized:
         residuals = residual_nodes(self._recording, self._moving)
         if not self._rewrite:
             return residuals, moving
-        residuals, body = thrifty(self._recording, self._still, moving, residuals)
-        return residuals, body if self._compile else lowered(self._recording, [*primals, *residuals, tangent], body)
+        residuals, body = thrifty(self._recording, self._memory, self._still, moving, residuals)
+        inputs = [*primals, *residuals, tangent]
+        return residuals, body if self._compile else lowered(self._recording, self._memory, inputs, body)
 
     @property
     def _still(self) -> list[Node]:
@@ -238,7 +243,7 @@ class Linearized:
     def _joint(self) -> Program:
         # Forward mode computes each value next to its tangent, and what both need dies with the later of the two.
         inputs, body = self._recording.inputs, self._body
-        body = lowered(self._recording, inputs, body, lean=True) if self._rewrite else body
+        body = lowered(self._recording, self._memory, inputs, body, lean=True) if self._rewrite else body
         return least_program(self._recording, inputs, body, lean=True)
 
 

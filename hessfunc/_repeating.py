@@ -51,8 +51,9 @@ class Costs:
         outside: the blocks that are there anyway.
     """
 
-    def __init__(self, recording: Recording, given: Sequence[Node] = (), *, times: int = 1, call: int) -> None:
-        memory = Memory(recording)
+    def __init__(
+        self, recording: Recording, memory: Memory, given: Sequence[Node] = (), *, times: int = 1, call: int
+    ) -> None:
         self.block = memory.block
         self.outside = memory.outside | {memory.block[node] for node in given}
         self._size = memory.size

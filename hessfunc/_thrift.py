@@ -29,33 +29,39 @@ _LESS = 0.97
 
 
 def thrifty(
-    recording: Recording, primal: Sequence[Node], moving: Sequence[Node], residuals: Sequence[Node]
+    recording: Recording,
+    memory: Memory,
+    primal: Sequence[Node],
+    moving: Sequence[Node],
+    residuals: Sequence[Node],
 ) -> tuple[list[Node], list[Node]]:
     """What to hold in place of ``residuals``, and the operations of a product, with those that are then repeated.
 
     Of the operations of the ``primal`` program some are done for all products and some in each of them. Values that
     lead from the former to the latter are held.
     """
-    if Memory(recording).total(residuals) < _WORTH:
+    if memory.total(residuals) < _WORTH:
         return list(residuals), list(moving)
     primal = needed(primal, residuals)
-    held, repeated = least_cut(primal, residuals, Costs(recording, times=_TIMES, call=_CALL))
+    held, repeated = least_cut(primal, residuals, Costs(recording, memory, times=_TIMES, call=_CALL))
     body = with_repeated([], needed(moving, recording.outputs), repeated)
     used = {argument for node in body for argument in node.all_input_nodes} | set(recording.outputs)
     return [node for node in primal if node in held and node in used], body
 
 
-def lowered(recording: Recording, inputs: Sequence[Node], body: Sequence[Node], *, lean: bool = False) -> list[Node]:
+def lowered(
+    recording: Recording, memory: Memory, inputs: Sequence[Node], body: Sequence[Node], *, lean: bool = False
+) -> list[Node]:
     """The same operations with some of them done twice, so that less is alive at once; with ``lean`` however little.
 
     A product goes through a network forwards and then backwards, and what the second half needs of the first piles up
     in between. Where most is alive, a cut says what is held and what is done again.
     """
     outputs = recording.outputs
-    memory, steps = Memory(recording), needed(body, outputs)
+    steps = needed(body, outputs)
     course = memory.course(inputs, steps, outputs)
     height = max(course, default=0)
-    costs = Costs(recording, inputs, call=min(_CALL, height // _CALLS))
+    costs = Costs(recording, memory, inputs, call=min(_CALL, height // _CALLS))
     for _ in range(_ROUNDS):
         height = max(course, default=0)
         if height <= (0 if lean else _WORTH):

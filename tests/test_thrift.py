@@ -179,7 +179,8 @@ def peak(program, *, all_in_one):
     recording = program._recording
     inputs, body = program._tangent_inputs, program._tangent_body
     if all_in_one:
-        inputs, body = recording.inputs, _thrift.lowered(recording, recording.inputs, program._body)
+        inputs = recording.inputs
+        body = _thrift.lowered(recording, program._memory, inputs, program._body, lean=True)
     return Memory(recording).peak(inputs, needed(body, recording.outputs), recording.outputs)
 
 
