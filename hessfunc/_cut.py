@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -17,34 +17,45 @@ _MOST = 12
 """Operations to repeat for one value."""
 
 
-def least_cut(early: Sequence[Node], wanted: Iterable[Node], costs: Costs) -> tuple[set[Node], set[Node]]:
+def least_cut(early: Sequence[Node], wanted: Collection[Node], costs: Costs) -> tuple[set[Node], set[Node]]:
     """Of the operations done ``early`` those whose results are held, and those repeated, for what is ``wanted`` later.
 
     The results held are a cut of the graph of operations, the one of least capacity (as in the partitioner of
     AOTAutograd), where to hold a value counts its bytes and to work it out again a share of them.
     """
-    if not early:
+    overwritten = costs.overwritten(early)
+    within = _within_reach(early, wanted, costs)
+    if not within:
         return set(), set()
-    number = {node: i for i, node in enumerate(early)}
-    source, sink = 2 * len(early), 2 * len(early) + 1
-    wanted, overwritten = set(wanted), costs.overwritten(early)
+    number = {node: i for i, node in enumerate(within)}
+    source, sink = 2 * len(within), 2 * len(within) + 1
     edges: list[tuple[int, int, int]] = []
-    for node, i in number.items():
-        hold, again = costs.of(node, wanted=node in wanted)
-        hold = NEVER if node in overwritten else hold
-        edges += [(2 * i, 2 * i + 1, hold), (source, 2 * i, again)]
+    for (node, (hold, again)), i in zip(within.items(), number.values(), strict=True):
+        edges += [(2 * i, 2 * i + 1, NEVER if node in overwritten else hold), (source, 2 * i, again)]
         edges += [(2 * number[argument] + 1, 2 * i, NEVER) for argument in {*node.all_input_nodes} & number.keys()]
     edges += [(2 * number[node] + 1, sink, NEVER) for node in wanted]
     side = _source_side(edges, source, sink)
     if side is None:
-        return wanted, set()
+        return set(wanted), set()
     held = {node for node, i in number.items() if side[2 * i] and not side[2 * i + 1]}
     blocks = {costs.block[node] for node in held} | costs.outside
     repeated = {node for node, i in number.items() if not side[2 * i]}
     # Another shape of what is held takes no memory, and not to make it saves a call.
     held |= {node for node in repeated if costs.block[node] in blocks}
-    held |= _ends_of_long_ways([node for node in early if node in repeated - held], overwritten)
+    held |= _ends_of_long_ways([node for node in within if node in repeated - held], overwritten)
     return held, repeated - held
+
+
+def _within_reach(early: Sequence[Node], wanted: Collection[Node], costs: Costs) -> dict[Node, tuple[int, int]]:
+    """What it counts to hold and to repeat the operations that repeating could go back to, in their order."""
+    here, found, waiting = set(early), {}, list(wanted)
+    while waiting:
+        node = waiting.pop()
+        if node in here and node not in found:
+            found[node] = costs.of(node, wanted=node in wanted)
+            if found[node][1] < NEVER:
+                waiting += node.all_input_nodes
+    return {node: found[node] for node in early if node in found}
 
 
 def _source_side(edges: list[tuple[int, int, int]], source: int, sink: int) -> np.ndarray | None:

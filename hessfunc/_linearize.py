@@ -195,6 +195,7 @@ class Linearized:
         return Memory(self._recording)
 
     @cached_property
+    @_garbage_left_for_later()
     def _split(self) -> tuple[list[Node], list[Node]]:
         """Residuals, and the operations of the tangent program."""
         *primals, tangent = self._recording.inputs
@@ -224,11 +225,13 @@ class Linearized:
         return [*primals, *self._residuals, tangent]
 
     @cached_property
+    @_garbage_left_for_later()
     def _primal(self) -> Program:
         inputs = self._recording.inputs[:-1]
         return program(self._recording, inputs, needed(self._still, self._residuals), self._residuals)
 
     @cached_property
+    @_garbage_left_for_later()
     def _tangent(self) -> Program:
         inputs, body, outputs = self._tangent_inputs, self._tangent_body, self._recording.outputs
         if self._compile:  # a compiler places results itself
@@ -236,10 +239,12 @@ class Linearized:
         return least_program(self._recording, inputs, body)
 
     @cached_property
+    @_garbage_left_for_later()
     def _into(self) -> Program | None:
         return None if self._compile else program_into(self._recording, self._tangent_inputs, self._tangent_body)
 
     @cached_property
+    @_garbage_left_for_later()
     def _joint(self) -> Program:
         # Forward mode computes each value next to its tangent, and what both need dies with the later of the two.
         inputs, body = self._recording.inputs, self._body

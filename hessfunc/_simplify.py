@@ -128,7 +128,8 @@ def _drop_tangent_copies(recording: Recording, layout_free: bool) -> None:
 
 
 def _replace(recording: Recording, node: Node, by: Node) -> None:
-    views, new = _sharing_memory(recording, node), recording.storage[by]
+    new = recording.storage[by]
+    views = _sharing_memory(recording, node) if recording.storage[node] != new else set()
     node.replace_all_uses_with(by)
     recording.outputs = [by if output is node else output for output in recording.outputs]
     recording.graph.erase_node(node)

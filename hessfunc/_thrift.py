@@ -43,7 +43,7 @@ def thrifty(
     if memory.total(residuals) < _WORTH:
         return list(residuals), list(moving)
     primal = needed(primal, residuals)
-    held, repeated = least_cut(primal, residuals, Costs(recording, memory, times=_TIMES, call=_CALL))
+    held, repeated = least_cut(primal, set(residuals), Costs(recording, memory, times=_TIMES, call=_CALL))
     body = with_repeated([], needed(moving, recording.outputs), repeated)
     used = {argument for node in body for argument in node.all_input_nodes} | set(recording.outputs)
     return [node for node in primal if node in held and node in used], body
