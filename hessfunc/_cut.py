@@ -30,7 +30,7 @@ def least_cut(early: Sequence[Node], wanted: Collection[Node], costs: Costs) -> 
     number = {node: i for i, node in enumerate(within)}
     source, sink = 2 * len(within), 2 * len(within) + 1
     edges: list[tuple[int, int, int]] = []
-    for (node, (hold, again)), i in zip(within.items(), number.values(), strict=True):
+    for i, (node, (hold, again)) in enumerate(within.items()):
         edges += [(2 * i, 2 * i + 1, NEVER if node in overwritten else hold), (source, 2 * i, again)]
         edges += [(2 * number[argument] + 1, 2 * i, NEVER) for argument in {*node.all_input_nodes} & number.keys()]
     edges += [(2 * number[node] + 1, sink, NEVER) for node in wanted]
