@@ -55,11 +55,11 @@ def hessian(
             per batch and pass (see ``hessfunc/_linearize.py``). The loss must then not depend on anything that changes
             between products besides its arguments. What cannot be traced runs without, after a ``ProductWarning``.
         memory_budget: bytes to spend on what does not depend on the vector, so that it is not evaluated anew for each:
-            one to three times the memory of a gradient for each batch. Batches that it has room for keep theirs from
-            pass to pass; those of a DataLoader share theirs between the vectors of one pass. Without room a product
-            runs as one program that frees each value at its last use, which takes less memory than double backprop and
-            about 1.5 times as long; 0 asks for that throughout, from the first product on. The default keeps a quarter
-            of the free memory and always shares within a pass.
+            up to twice the memory of a gradient for each batch. Batches that it has room for keep theirs from pass to
+            pass; those of a DataLoader share theirs between the vectors of one pass. Without room a product runs as one
+            program that frees each value at its last use, which takes two thirds of the memory of double backprop and
+            about 1.5 times as long as with room; 0 asks for that throughout, from the first product on. The default
+            keeps a quarter of the free memory and always shares within a pass.
         compile: compile what depends on the vector with ``torch.compile``, which takes a minute or so for each
             shape of batch and a compiler on the machine; the first product is checked against the eager one.
         check: find out at the first product whether the loss gives the same value twice and whether the product is
