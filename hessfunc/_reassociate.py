@@ -17,7 +17,7 @@ from hessfunc._zeros import zeros
 
 _aten = torch.ops.aten
 
-_LARGE = 1 << 14
+_LARGE = 1 << 15
 """Mean number of entries of an operation's result from which on masks are worked out each time, and not held."""
 
 _PRODUCT = {_aten.mm.default: _aten.addmm_.default, _aten.bmm.default: _aten.baddbmm_.default}
