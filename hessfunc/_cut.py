@@ -9,7 +9,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from torch.fx import Node
 
-from hessfunc._recorder import select_result
+from hessfunc._recorder import gives_several
 from hessfunc._repeating import NEVER, Costs
 from hessfunc._steps import NEAR
 
@@ -78,15 +78,11 @@ def _ends_of_long_ways(repeated: Sequence[Node], overwritten: set[Node]) -> set[
     ways: dict[Node, set[Node]] = {}
     for node in repeated:
         way = {node}.union(*(ways.get(argument, ()) for argument in node.all_input_nodes))
-        if len(way) > _MOST and node not in overwritten and not _is_tuple(node):
+        if len(way) > _MOST and node not in overwritten and not gives_several(node):
             ends.add(node)
         else:
             ways[node] = way
     return ends
-
-
-def _is_tuple(node: Node) -> bool:
-    return any(user.target is select_result for user in node.users)
 
 
 def with_repeated(done: Sequence[Node], steps: Sequence[Node], repeated: set[Node]) -> list[Node]:

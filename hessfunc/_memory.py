@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch.fx import Node
 
-from hessfunc._recorder import Recording, select_result
+from hessfunc._recorder import Recording, gives_several
 from hessfunc._steps import dying, is_write
 
 _aten = torch.ops.aten
@@ -37,7 +37,7 @@ class Memory:
             value = recording.values.get(node)
             if value is not None:
                 extent[node] = value.shape.numel() * value.dtype.itemsize
-            elif any(user.target is select_result for user in node.users):
+            elif gives_several(node):
                 extent[node] = 0  # counted with its parts
             elif node.target is _aten.new_ones.default:
                 extent[node] = 8  # a number that is expanded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from hessfunc._recorder import NotRecordableError, Recording, select_result
+from hessfunc._recorder import NotRecordableError, Recording, gives_several
 from hessfunc._steps import needed
 
 
@@ -49,4 +49,4 @@ def residual_nodes(recording: Recording, moving: set[Node]) -> list[Node]:
     still = [node for node in body if node not in moving]
     wanted = [node for node in still if served.intersection(node.users) or node in recording.outputs]
     # A tuple of results cannot be handed over; its parts can.
-    return [node for node in wanted if not any(user.target is select_result for user in node.users)]
+    return [node for node in wanted if not gives_several(node)]

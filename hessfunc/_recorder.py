@@ -236,3 +236,8 @@ def _picks_by_number(func: Any, args: tuple[Any, ...]) -> bool:
 def select_result(results: Sequence[Tensor], position: int) -> Tensor:
     """One of an operation's several results."""
     return results[position]
+
+
+def gives_several(node: Node) -> bool:
+    """Whether the result is a tuple, of which parts are taken."""
+    return any(user.target is select_result for user in node.users)
